@@ -19,7 +19,7 @@ from mesh_llm.net.streams import PeerStream
 from mesh_llm.net.tls import listener
 from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER, MAX_DIALS_TO_PEER, TlsDialer, Transport
 from mesh_llm.net.tls.listener import make_identity
-from mesh_llm.net.tls.streams import TlsStream
+from mesh_llm.net.tls.streams import TlsConnection, TlsStream
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType, encode_header
@@ -385,3 +385,70 @@ async def test_garbage_on_an_admitted_connection_ends_it_and_nothing_else():
         stream = await nodes.http()
         await stream.write(b"fine")
         assert await stream.read(100) == b"FINE"
+
+
+# What a request costs
+
+
+async def test_a_request_and_its_answer_are_one_write_on_each_side(monkeypatch: pytest.MonkeyPatch):
+    written: list[tuple[bytes, ...]] = []
+    write = TlsConnection.write
+
+    def counted(connection: TlsConnection, *parts: bytes) -> None:
+        written.append(parts)
+        write(connection, *parts)
+
+    async def answer(stream: PeerStream, _: object) -> None:
+        data = await stream.read(100)
+        await stream.finish(data.upper())
+
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(answer)
+
+        async def ask() -> None:
+            stream = await nodes.http()
+            await stream.write(b"question")
+            assert await read_all(stream) == b"QUESTION"
+            stream.abort()
+
+        await ask()
+        monkeypatch.setattr(TlsConnection, "write", counted)
+        for _ in range(3):
+            await ask()
+        # The acknowledgement goes with the answer, and the asker's end of a stream with the next request.
+        assert len(written) == 6
+        assert len(nodes.server.net.tls_listener) == 1
+
+
+async def test_a_stream_is_acknowledged_although_its_handler_says_nothing():
+    async with pair(tls=True, accept_timeout=0.5) as nodes:
+        release = asyncio.Event()
+
+        async def slow(stream: PeerStream, _: object) -> None:
+            await release.wait()
+            await stream.finish(b"late")
+
+        nodes.server.net.serve_http(slow)
+        stream = await nodes.http()
+        await stream.write(b"question")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await stream.read(100)
+        release.set()
+        assert await read_all(stream) == b"late"
+
+
+async def test_there_are_as_many_connections_as_streams_were_open_at_once():
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        streams = [await nodes.asker.net.open_http(nodes.target) for _ in range(12)]
+        async with asyncio.timeout(TIMEOUT):
+            while len(nodes.server.net.tls_listener) < len(streams):
+                await offer(nodes, 0)
+        for stream in streams:
+            stream.abort()
+        again = [await nodes.asker.net.open_http(nodes.target) for _ in range(len(streams) // 2)]
+        assert all(isinstance(stream, TlsStream) for stream in again)
+        for stream in again:
+            stream.abort()
+        assert len(nodes.server.net.tls_listener) == len(streams)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import httpx
@@ -236,13 +236,37 @@ async def running_api(
         await server.stop()
 
 
+class PeerPipe(TcpStream):
+    """A core.types.ports.RequestStream over TCP, as a stream of the mesh is one."""
+
+    _watcher: asyncio.Task[None] | None = None
+
+    async def finish(self, data: bytes = b"") -> None:
+        if data:
+            await self.write(data)
+        await super().finish()
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        async def watching() -> None:
+            with suppress(OSError):
+                await self.read(1)
+            gone()
+
+        self._watcher = asyncio.get_running_loop().create_task(watching())
+
+    def unwatch(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+
 @asynccontextmanager
 async def peer_streams(server: ApiServer, peer: NodeId) -> AsyncGenerator[str]:
     """Give the API's transport for peers a TCP address: every connection is a stream of that peer."""
     tasks: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(server.serve_peer(TcpStream(reader, writer), peer))
+        task = asyncio.get_running_loop().create_task(server.serve_peer(PeerPipe(reader, writer), peer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         # Also where it is cancelled, before it has begun even.

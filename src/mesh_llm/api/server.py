@@ -7,7 +7,6 @@ HTTP clients come through `AsgiApp` on connections of `protocol.BoundedProtocol`
 import asyncio
 import socket
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
@@ -35,7 +34,7 @@ from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model_settings import ModelSettings
-from mesh_llm.core.types.ports import ByteStream, OpenStream, PromptCaches, Routes, Traffic
+from mesh_llm.core.types.ports import OpenStream, PromptCaches, RequestStream, Routes, Traffic
 from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.http.http1 import (
@@ -82,7 +81,7 @@ class ApiServer:
         crashes = CrashGuard(self._upstream, clock)
         proxy = Proxy(config, self._upstream, self._accounting, routes, crashes, clock)
         self._handler = Handler(config, routes, self._accounting, proxy, crashes, clock)
-        self._peers = PeerServer(config, self._handler, self._scope)
+        self._peers = PeerServer(config, self._handler)
         self._state = ServerState()
         self._servers: list[asyncio.Server] = []
         self.ollama_port = 0
@@ -152,7 +151,7 @@ class ApiServer:
         )
         self._servers.append(server)
 
-    async def serve_peer(self, stream: ByteStream, peer: NodeId) -> None:
+    async def serve_peer(self, stream: RequestStream, peer: NodeId) -> None:
         """Answer the one HTTP request on a stream of an admitted peer, from this node's own engines only."""
         await self._peers.serve(stream, peer)
 
@@ -338,42 +337,19 @@ class ConnectionReply:
         self._connection.abort()
 
 
-class _WatchingReply(ABC):
-    """A reply that watches its client by a task of `scope`."""
+class AsgiReply:
+    """A request.Reply on any ASGI server. An answer that is aborted stays incomplete: the server cuts it.
 
-    def __init__(self, scope: TaskScope) -> None:
-        self._scope = scope
-        self._watcher: asyncio.Task[object] | None = None
-        self.started = False
-
-    def watch(self, gone: Callable[[], None]) -> None:
-        """Call `gone` when the client leaves."""
-
-        async def watching() -> None:
-            await self._client_gone()
-            gone()
-
-        self._watcher = self._scope.spawn(watching(), "watch-client")
-
-    def unwatch(self) -> None:
-        """Stop watching."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            self._watcher = None
-
-    @abstractmethod
-    async def _client_gone(self) -> None:
-        """Return once the client has left."""
-
-
-class AsgiReply(_WatchingReply):
-    """A request.Reply on any ASGI server. An answer that is aborted stays incomplete: the server cuts it."""
+    A task of `scope` watches whether the client is there.
+    """
 
     def __init__(self, scope: TaskScope, receive: Receive, send: Send) -> None:
-        super().__init__(scope)
+        self._scope = scope
         self._receive = receive
         self._send = send
+        self._watcher: asyncio.Task[object] | None = None
         self._aborted = False
+        self.started = False
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the head."""
@@ -393,8 +369,20 @@ class AsgiReply(_WatchingReply):
         """Leave the answer incomplete."""
         self._aborted = True
 
-    async def _client_gone(self) -> None:
-        await _disconnected(self._receive)
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` when the client leaves."""
+
+        async def watching() -> None:
+            await _disconnected(self._receive)
+            gone()
+
+        self._watcher = self._scope.spawn(watching(), "watch-client")
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
 
 
 class PeerServer:
@@ -403,18 +391,17 @@ class PeerServer:
     Such a request is never passed on to a third node, so it cannot go round in circles.
     """
 
-    def __init__(self, config: ApiConfig, handler: Handler, scope: TaskScope) -> None:
+    def __init__(self, config: ApiConfig, handler: Handler) -> None:
         self._config = config
         self._handler = handler
-        self._scope = scope
 
-    async def serve(self, stream: ByteStream, peer: NodeId) -> None:
+    async def serve(self, stream: RequestStream, peer: NodeId) -> None:
         """Answer the one request on a stream of an admitted peer. Returns when it is done; never raises OSError."""
-        reply = StreamReply(stream, self._scope)
+        reply = StreamReply(stream)
         try:
             try:
                 async with asyncio.timeout(self._config.head_seconds):
-                    head, read = await self._read_head(stream)
+                    head, read, whole = await self._read_head(stream)
             except Http1Error as error:
                 bad = MeshError("bad_request", f"The request is not well-formed HTTP: {error}.", "", 400)
                 status, headers, body = error_response(bad, Dialect.OPENAI)
@@ -422,14 +409,16 @@ class PeerServer:
                 await reply.end(body)
                 return
             path, _, query = head.target.partition("?")
-            await self._handler.handle(Request(head.method, path, query, head.headers, read, peer=peer), reply)
+            request = Request(head.method, path, query, head.headers, read, whole, peer=peer)
+            await self._handler.handle(request, reply)
         except (OSError, asyncio.CancelledError) as error:
             reply.abort()
             if isinstance(error, asyncio.CancelledError):
                 raise
             _log.info("a peer left its request", peer=peer, reason=str(error) or type(error).__name__)
 
-    async def _read_head(self, stream: ByteStream) -> tuple[RequestHead, ReadPiece]:
+    async def _read_head(self, stream: RequestStream) -> tuple[RequestHead, ReadPiece, bytes | None]:
+        """The head, what reads the body, and the body if it came together with the head."""
         parser = RequestParser(Http1Limits(head_bytes=self._config.head_bytes))
         events: list[RequestHead | bytes | object] = []
         while not events:
@@ -449,15 +438,17 @@ class PeerServer:
                 pieces.extend(piece for piece in parser.feed(data) if isinstance(piece, bytes))
             return pieces.pop(0) if pieces else b""
 
-        return head, read
+        return head, read, b"".join(pieces) if parser.complete else None
 
 
-class StreamReply(_WatchingReply):
+class StreamReply:
     """A request.Reply that writes HTTP/1.1 to a stream which carries this one answer."""
 
-    def __init__(self, stream: ByteStream, scope: TaskScope) -> None:
-        super().__init__(scope)
+    def __init__(self, stream: RequestStream) -> None:
         self._stream = stream
+        self.watch = stream.watch
+        self.unwatch = stream.unwatch
+        self.started = False
         self._chunked = False
         self._head = b""
         self._over = False
@@ -479,17 +470,10 @@ class StreamReply(_WatchingReply):
         """Send the last piece, and finish this side of the stream."""
         rest = self._head + (chunk(data) + LAST_CHUNK if self._chunked else data)
         self._over, self._head = True, b""
-        if rest:
-            await self._stream.write(rest)
-        await self._stream.finish()
+        await self._stream.finish(rest)
 
     def abort(self) -> None:
         """Reset the stream, so that the peer does not take the answer for complete."""
         if not self._over:
             self._over = True
             self._stream.abort()
-
-    async def _client_gone(self) -> None:
-        """The peer resets or ends its side; more bytes from it are a fault, and count as leaving."""
-        with suppress(OSError):
-            await self._stream.read(1)

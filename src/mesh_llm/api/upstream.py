@@ -33,6 +33,7 @@ NODE_HEADER = b"x-mesh-llm-node"
 """On an answer: the node that gave it."""
 PEER_HOST, ENGINE_HOST = "mesh", "localhost"
 _TRY_ELSEWHERE = frozenset((404, 429, 503))
+_TOO_LONG = "it took too long"
 Keep = Callable[[], None]
 """Takes back a connection that can carry another request."""
 
@@ -62,6 +63,12 @@ class WatchedStream:
     begun: bool = False
     reason: str = ""
     silent: bool = False
+
+    def give_up(self) -> None:
+        """The answer has not begun in time: cut the stream, unless the watchdog has."""
+        if not self.reason:
+            self.reason, self.silent = _TOO_LONG, True
+            self.stream.abort()
 
 
 class StreamWatchdog:
@@ -346,7 +353,7 @@ class Upstream:
                     watched = self._watchdog.watch(stream, target, model)
                     return await self._exchange(watched, ENGINE_HOST, request, self._keep_for(address, stream))
                 except TargetLostError as error:
-                    if isinstance(error.__cause__, TimeoutError):
+                    if error.given_up:
                         raise
                     sent = True
             try:
@@ -384,20 +391,22 @@ class Upstream:
         seconds = first_byte_seconds(self._config, len(request.body))
         if not watched.target.local:
             seconds += self._config.node_seconds
+        # A timer that cuts the stream: asyncio.timeout costs several times as much.
+        timer = asyncio.get_running_loop().call_later(seconds, watched.give_up)
         try:
-            async with asyncio.timeout(seconds):
-                await _write(stream, host, request)
-                head, body = await _first_piece(stream, parser)
+            await _write(stream, host, request)
+            head, body = await _first_piece(stream, parser)
         except (OSError, Http1Error) as error:
             self._drop(watched)
-            too_long = isinstance(error, TimeoutError) and not watched.reason
-            given_up = bool(watched.reason) or too_long
-            # A time-out of the connection itself has a number.
-            silent = too_long and not error.args
-            raise TargetLostError(watched.reason or _reason(error), given_up=given_up, silent=silent) from error
+            # The connection itself may have given up.
+            given_up = bool(watched.reason) or isinstance(error, TimeoutError)
+            reason = watched.reason or _reason(error)
+            raise TargetLostError(reason, given_up=given_up, silent=watched.silent) from error
         except asyncio.CancelledError:
             self._drop(watched)
             raise
+        finally:
+            timer.cancel()
         watched.waiting, watched.begun = False, True
         return UpstreamResponse(watched, self._watchdog, parser, head, body, keep)
 
@@ -437,5 +446,5 @@ async def _first_piece(stream: ByteStream, parser: ResponseParser) -> tuple[Resp
 
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError) and not error.args:
-        return "it took too long"
+        return _TOO_LONG
     return str(error) or type(error).__name__

@@ -93,6 +93,11 @@ class ConnectionManager:
         """The connection to a peer, if there is one."""
         return self._current.get(node)
 
+    def admitted(self, node: NodeId) -> PeerConnection | None:
+        """The connection to a peer whose admission holds now. Its end may not have been noticed yet."""
+        connection = self._current.get(node)
+        return connection if connection is not None and self.check(connection) is None else None
+
     async def get(self, node: NodeId) -> PeerConnection:
         """The connection to a peer, dialled if there is none. Raises ConnectionError with a reason for people."""
         connection = self._current.get(node)

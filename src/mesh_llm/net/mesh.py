@@ -12,7 +12,7 @@ from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import MeshId, NodeId
-from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.core.types.ports import ByteStream, RequestStream
 from mesh_llm.net.admission.approvals import ApprovalBook
 from mesh_llm.net.admission.credentials import MeshStores, SigningKey, open_credentials, read_tokens, verify
 from mesh_llm.net.admission.handshake import CertificateIssuer, Program
@@ -55,7 +55,7 @@ FAREWELL_SECONDS = 1.0
 
 _log = structlog.get_logger(__name__)
 
-HttpHandler = Callable[[ByteStream, NodeId], Awaitable[None]]
+HttpHandler = Callable[[RequestStream, NodeId], Awaitable[None]]
 
 
 class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -279,6 +279,11 @@ class MeshNet:
         Raises MeshError(target_unreachable).
         """
         try:
+            if self._config.tls and (connection := self.connections.admitted(target.node)) is not None:
+                # Most requests: an idle TLS connection carries them, and iroh is not asked.
+                stream = self.tls_dialer.open_at_once(connection, StreamType.HTTP, Scope.CLIENT)
+                if stream is not None:
+                    return stream
             connection = await self.connections.get(target.node)
             return await self._open(connection, StreamType.HTTP, b"", Scope.CLIENT, wait=False)
         except ConnectionError as error:

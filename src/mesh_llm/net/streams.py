@@ -1,6 +1,7 @@
 """What all streams between nodes share, whichever transport carries them: header, acceptance, frames, and their end."""
 
 import asyncio
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -46,6 +47,7 @@ class PeerStream(ABC):
         self._failure: ConnectionError | None = None
         self._accepted: asyncio.Event | None = None
         self._accept_timeout: float | None = None
+        self._watcher: asyncio.Task[object] | None = None
 
     @property
     def ended(self) -> bool:
@@ -108,15 +110,39 @@ class PeerStream(ABC):
         if self._unsent:
             await self._send(self._take_unsent())
 
-    async def finish(self) -> None:
-        """End this side cleanly. Raises ConnectionError."""
+    async def finish(self, data: bytes = b"") -> None:
+        """Send the last bytes, if there are any, and end this side cleanly. Raises ConnectionError."""
         if self._finished:
             return
-        await self.flush()
+        if len(data) > MAX_WRITE // 2:
+            await self.write(data)
+            data = b""
+        if self._unsent:
+            data = self._take_unsent() + data
         self._check()
-        await self._end_writing()
+        await self._end_writing(data)
         self._finished = True
         self._end_if_over()
+
+    async def accept(self) -> None:
+        """Acknowledge the stream: a handler reads it. May wait a moment for the first write, and go along with it."""
+        await self._send(ACCEPTED)
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` once, when the peer ends or drops the stream, or sends more: nothing more is expected of it."""
+
+        async def watching() -> None:
+            with contextlib.suppress(ConnectionError):
+                await self.read(1)
+            gone()
+
+        self._watcher = self._scope.spawn(watching(), "watch-peer")
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
 
     def abort(self, code: ResetCode = ResetCode.CANCELLED) -> None:
         """Drop both directions at once."""
@@ -149,6 +175,12 @@ class PeerStream(ABC):
                 return None
             self._ahead.feed(data)
 
+    def frame_at_hand(self, limit: int) -> bytes | Malformed | None:
+        """The next frame's payload if all of it has arrived, without waiting; None if not, or if that is not known."""
+        if arrived := self._at_hand():
+            self._ahead.feed(arrived)
+        return self._ahead.next(limit)
+
     async def write_frame(self, payload: bytes) -> None:
         """Send one frame."""
         await self.write(frame(payload))
@@ -174,8 +206,12 @@ class PeerStream(ABC):
         """Send 1..MAX_WRITE bytes. Raises ConnectionError, after `_fail`."""
 
     @abstractmethod
-    async def _end_writing(self) -> None:
-        """End this direction cleanly. Raises ConnectionError, after `_fail`."""
+    async def _end_writing(self, data: bytes) -> None:
+        """Send 0..MAX_WRITE bytes and end this direction cleanly. Raises ConnectionError, after `_fail`."""
+
+    def _at_hand(self) -> bytes:
+        """Take what has arrived, without waiting."""
+        return b""
 
     @abstractmethod
     def _cut(self, code: ResetCode, failure: ConnectionError) -> None:
@@ -207,29 +243,38 @@ class PeerStream(ABC):
 
     def _take_unsent(self) -> bytes:
         data, self._unsent = self._unsent, b""
-        if self._accepted is not None:
-            try:
-                self._scope.spawn(self._await_acceptance(self._accepted), "acceptance")
-            except RuntimeError:
-                raise self._fail(ConnectionAbortedError("the connection is closed")) from None
+        if self._accept_timeout is not None:
+            self._begin_acceptance(self._accept_timeout)
         return data
 
-    async def _await_acceptance(self, accepted: asyncio.Event) -> None:
+    def _begin_acceptance(self, timeout: float) -> None:
+        """The header is sent: from now on the peer has `timeout` seconds. Raises ConnectionError."""
+        if self._accepted is None:
+            return
         try:
-            async with asyncio.timeout(self._accept_timeout):
+            self._scope.spawn(self._await_acceptance(self._accepted, timeout), "acceptance")
+        except RuntimeError:
+            raise self._fail(ConnectionAbortedError("the connection is closed")) from None
+
+    async def _await_acceptance(self, accepted: asyncio.Event, timeout: float) -> None:
+        try:
+            async with asyncio.timeout(timeout):
                 data = await self._receive(_FIRST_READ)
             if data.startswith(ACCEPTED):
                 self._ahead.feed(data[len(ACCEPTED) :])
             else:
                 self.break_off("the stream was not accepted")
         except TimeoutError:
-            self._drop(ResetCode.TIMEOUT, ConnectionError(f"the peer does not answer ({self._accept_timeout:.1f} s)"))
+            self._not_accepted(timeout)
         except ConnectionError:
             # `_receive` has kept the failure: the next read or write raises it.
             return
         finally:
             self._accepted = None
             accepted.set()
+
+    def _not_accepted(self, timeout: float) -> None:
+        self._drop(ResetCode.TIMEOUT, ConnectionError(f"the peer does not answer ({timeout:.1f} s)"))
 
     def _fail(self, failure: ConnectionError) -> ConnectionError:
         self._drop(ResetCode.FAILED, failure)

@@ -47,6 +47,22 @@ class ByteStream(Protocol):
         ...
 
 
+class RequestStream(ByteStream, Protocol):
+    """A byte stream that brings one request and takes its answer."""
+
+    async def finish(self, data: bytes = b"") -> None:
+        """Send the last bytes, if there are any, and end this side cleanly. Raises ConnectionError."""
+        ...
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call `gone` once, when the peer ends or drops the stream, or sends more than its request."""
+        ...
+
+    def unwatch(self) -> None:
+        """Stop watching."""
+        ...
+
+
 class BulkStream(ByteStream, Protocol):
     """A byte stream that also carries frames and bulk data."""
 

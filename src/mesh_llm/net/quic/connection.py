@@ -22,7 +22,6 @@ from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.certificates import Certificate
 from mesh_llm.wire.mesh.frames import (
-    ACCEPTED,
     ACKNOWLEDGED,
     MAX_HEADER,
     CloseCode,
@@ -116,13 +115,17 @@ class StreamDispatcher:
                 stream.abort()
 
     async def _serve(self, stream: PeerStream, peer: Peer) -> None:
-        try:
-            async with asyncio.timeout(self._header_timeout):
-                payload = await stream.read_frame(MAX_HEADER)
-        except TimeoutError:
-            self._refuse(stream, peer, ResetCode.TIMEOUT, "no header")
-            return
-        header = Malformed("no header") if payload is None else decode_header(payload)
+        payload = stream.frame_at_hand(MAX_HEADER)
+        if payload is None:
+            try:
+                async with asyncio.timeout(self._header_timeout):
+                    payload = await stream.read_frame(MAX_HEADER)
+            except TimeoutError:
+                self._refuse(stream, peer, ResetCode.TIMEOUT, "no header")
+                return
+        header = Malformed("no header") if payload is None else payload
+        if isinstance(header, bytes):
+            header = decode_header(header)
         if isinstance(header, Malformed):
             self._refuse(stream, peer, ResetCode.PROTOCOL, "malformed header")
             return
@@ -147,7 +150,7 @@ class StreamDispatcher:
         streams.add(stream)
         try:
             if kind in ACKNOWLEDGED:
-                await stream.write(ACCEPTED)
+                await stream.accept()
             await entry.handler(stream, peer, header.parameters)
         except MeshError as error:
             _log.info("stream failed", peer=peer.node[:10], kind=kind.name, code=error.code, reason=str(error))
@@ -164,6 +167,8 @@ class StreamDispatcher:
 
 
 _ROUND_TRIPS_TO_ACCEPT = 8
+_RTT_SECONDS = 1.0
+"""How long a measured round trip is taken for the present one: asking iroh costs more than opening a stream."""
 _BACKGROUND = frozenset({StreamType.GOSSIP, StreamType.PROBE})
 """Streams that last as long as the connection: they do not make it busy."""
 
@@ -191,6 +196,7 @@ class PeerConnection:
         self.busy = 0
         """Open streams of both directions, without those that last as long as the connection."""
         self.raw = raw
+        self._rtt, self._rtt_read = 0.0, float("-inf")
         self._dispatcher = dispatcher
         self._limits = limits
         self._scope = TaskScope(f"peer-{peer.node[:8]}")
@@ -252,7 +258,9 @@ class PeerConnection:
     @property
     def acceptance_seconds(self) -> float:
         """How long the peer has to accept a stream."""
-        return self._limits.accept_timeout + _ROUND_TRIPS_TO_ACCEPT * (self.raw.rtt() or 0) / 1000
+        if self.last_used - self._rtt_read >= _RTT_SECONDS:
+            self._rtt, self._rtt_read = (self.raw.rtt() or 0) / 1000, self.last_used
+        return self._limits.accept_timeout + _ROUND_TRIPS_TO_ACCEPT * self._rtt
 
     def require(self, stream: PeerStream, scope: Scope) -> None:
         """End this outgoing stream when the peer's scope becomes less than this."""

@@ -68,7 +68,9 @@ class IrohStream(PeerStream):
         except iroh.IrohError as error:
             raise self._fail(stream_failure(error)) from None
 
-    async def _end_writing(self) -> None:
+    async def _end_writing(self, data: bytes) -> None:
+        if data:
+            await self._send(data)
         try:
             await self._writing.run(self._outgoing.finish())
         except iroh.IrohError as error:

@@ -35,6 +35,8 @@ from mesh_llm.wire.mesh.transport import (
 MAX_CONNECTIONS_TO_PEER = 96
 MAX_DIALS_TO_PEER = 8
 """TLS handshakes with one peer at once: each takes some 2 ms of both nodes' event loops."""
+_DIALS_AHEAD = 4
+"""Of these, those for streams to come: requests that are answered meanwhile must not wait long."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before TCP is tried again after it failed; doubled by each failure in a row."""
 _UNKNOWN_PAUSE = 600.0
@@ -70,6 +72,7 @@ class _Link:
         idle: those that carry no stream, least recently used first, with the time since when.
         open: all.
         dialing: dials under way.
+        wanted: how many there should be: as many streams as were open at once lately.
         reason: why there are none; empty while there is no reason.
         failed_at: when it failed last.
         again_at: when to try again.
@@ -80,6 +83,7 @@ class _Link:
     idle: dict[TlsConnection, float] = field(default_factory=dict[TlsConnection, float])
     open: set[TlsConnection] = field(default_factory=set[TlsConnection])
     dialing: int = 0
+    wanted: int = 0
     reason: str = ""
     failed_at: float = 0.0
     again_at: float = 0.0
@@ -116,13 +120,26 @@ class TlsDialer:
         """
         link = self._links.setdefault(connection.peer.node, _Link())
         carrier = self._take_idle(link)
-        if carrier is None and self._may_dial(connection, link):
-            if wait:
+        if carrier is None:
+            # This stream is not among those that are counted as open.
+            link.wanted = min(MAX_CONNECTIONS_TO_PEER, max(link.wanted, connection.busy + 1))
+            if wait and self._may_dial(connection, link):
                 carrier = await self._dial(connection, link)
-            elif not self._scope.closed:
+            elif not self._scope.closed and self._may_dial_ahead(connection, link):
                 self._scope.spawn(self._dial_ahead(connection, link), "tls-dial")
         if carrier is None or not carrier.idle:
             return None
+        return self._begin(carrier, connection, kind, parameters, scope)
+
+    def open_at_once(self, connection: PeerConnection, kind: StreamType, scope: Scope) -> TlsStream | None:
+        """A stream without parameters, if a connection is idle; the peer's admission has been checked."""
+        link = self._links.get(connection.peer.node)
+        carrier = self._take_idle(link) if link is not None else None
+        return None if carrier is None else self._begin(carrier, connection, kind, b"", scope)
+
+    def _begin(
+        self, carrier: TlsConnection, connection: PeerConnection, kind: StreamType, parameters: bytes, scope: Scope
+    ) -> TlsStream:
         connection.begin()
         stream = TlsStream(carrier, self._scope, unsent=encode_header(kind, parameters), on_end=connection.end)
         carrier.begin(stream)
@@ -164,10 +181,21 @@ class TlsDialer:
             return False
         return bool(connection.direct_hosts) and self._clock() >= link.again_at
 
+    def _may_dial_ahead(self, connection: PeerConnection, link: _Link) -> bool:
+        return (
+            link.dialing < _DIALS_AHEAD
+            and len(link.open) + link.dialing < link.wanted
+            and self._may_dial(connection, link)
+        )
+
     async def _dial_ahead(self, connection: PeerConnection, link: _Link) -> None:
-        carrier = await self._dial(connection, link)
-        if carrier is not None and carrier.idle:
-            self._idle(link, carrier)
+        """Make connections until there are as many as streams were open at once."""
+        while not self._scope.closed and self._may_dial_ahead(connection, link):
+            carrier = await self._dial(connection, link)
+            if carrier is None:
+                return
+            if carrier.idle:
+                self._idle(link, carrier)
 
     async def _dial(self, connection: PeerConnection, link: _Link) -> TlsConnection | None:
         """A new connection to the peer; None if there can be none: the link knows why, and when to try again."""
@@ -279,6 +307,7 @@ class TlsDialer:
 
     def _sweep(self, link: _Link) -> None:
         """Close connections that were not used for a while."""
+        link.wanted = 0
         now = self._clock()
         for carrier, since in list(link.idle.items()):
             if now - since >= self._limits.direct_idle / 2:

@@ -10,7 +10,7 @@ from typing import cast
 from mesh_llm.net.streams import MAX_WRITE, PeerStream, StreamResetError
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed
-from mesh_llm.wire.mesh.frames import ResetCode
+from mesh_llm.wire.mesh.frames import ACCEPTED, ResetCode
 from mesh_llm.wire.mesh.transport import END_PIECE, Ending, PieceParser, piece_head, reset_piece
 
 _PAUSE_READING = 2 * MAX_WRITE
@@ -23,6 +23,10 @@ _ONE_RECORD = 16 * 1024 - 4
 _PROBE_AFTER, _PROBE_PERIOD, _PROBES = 4, 2, 3
 PEER_GONE = _PROBE_AFTER + _PROBE_PERIOD * _PROBES
 """Seconds without a sign of the peer's system after which a connection ends."""
+_ACCEPT_SECONDS = 0.05
+"""How long an acknowledgement waits for the answer, to go along with it: one write in place of two. The asker waits for
+seconds."""
+_ACCEPTED_PIECE = piece_head(len(ACCEPTED)) + ACCEPTED
 _END_SECONDS = 5.0
 """How long the peer has to end its direction of a stream that was aborted here. Then the connection is closed."""
 
@@ -54,6 +58,8 @@ class TlsConnection(asyncio.Protocol):
         self._held: TlsStream | None = None
         """The stream after its user has left it, until the peer has ended its direction."""
         self._loop = asyncio.get_running_loop()
+        self._owed = b""
+        self._owed_timer: asyncio.TimerHandle | None = None
         self._writable = asyncio.Event()
         self._writable.set()
         self._paused = False
@@ -81,9 +87,27 @@ class TlsConnection(asyncio.Protocol):
             self._loop.call_soon_threadsafe(self.close)
 
     def write(self, *parts: bytes) -> None:
-        """Send these bytes as they are."""
+        """Send these bytes as they are, after those that are owed."""
+        if self._owed:
+            parts = (self._owed + parts[0], *parts[1:])
+            self._pay()
         if self._transport is not None and not self.ended:
-            self._transport.writelines(parts)
+            if len(parts) == 1:
+                self._transport.write(parts[0])
+            else:
+                self._transport.writelines(parts)
+
+    def owe(self, data: bytes, within: float = 0.0) -> None:
+        """Send these bytes with the next write, or alone after `within` seconds; 0: no sooner than the next write."""
+        self._owed += data
+        if within and self._owed_timer is None:
+            self._owed_timer = self._loop.call_later(within, self.write, b"")
+
+    def _pay(self) -> None:
+        self._owed = b""
+        if self._owed_timer is not None:
+            self._owed_timer.cancel()
+            self._owed_timer = None
 
     async def writable(self) -> None:
         """Wait until less than `WRITE_BUFFER` waits to be sent, or the connection has ended."""
@@ -193,6 +217,7 @@ class TlsConnection(asyncio.Protocol):
     def _finish(self, reason: str) -> None:
         self.ended = True
         self._writable.set()
+        self._pay()
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
@@ -235,12 +260,16 @@ class TlsStream(PeerStream):
         super().__init__(scope, unsent=unsent, on_end=on_end)
         self._connection: TlsConnection | None = connection
         """None when both directions are over: the connection may carry another stream then."""
+        self._loop = asyncio.get_running_loop()
         self._chunks: deque[bytes] = deque()
         self._buffered = 0
-        self._peer_ended = False
+        self._peer_ended = self._peer_finished = False
+        self._begun_here = bool(unsent)
         self._sent_end = False
         self._arrived: asyncio.Future[None] | None = None
-        self._wanted = 0
+        self._wanted = 1
+        self._acceptance: asyncio.TimerHandle | None = None
+        self._gone: Callable[[], None] | None = None
 
     def __del__(self) -> None:
         """A stream that is dropped while open would leave the peer waiting: end its connection."""
@@ -256,6 +285,10 @@ class TlsStream(PeerStream):
     def received(self, data: bytes) -> int:
         """Bytes have arrived; returns how many wait for a reader."""
         if self._failure is None:
+            if self._acceptance is not None:
+                data = self._accepted_by(data)
+                if not data:
+                    return self._buffered
             self._chunks.append(data)
             self._buffered += len(data)
             if self._buffered >= self._wanted:
@@ -265,8 +298,11 @@ class TlsStream(PeerStream):
     def direction_ended(self, ending: Ending) -> None:
         """The peer has ended its direction."""
         self._peer_ended = True
+        self._peer_finished = ending.code is None
         if ending.code is not None and self._failure is None:
             self._fail(StreamResetError(ending.code))
+        elif self._acceptance is not None:
+            self.break_off("the stream was not accepted")
         self._wake()
         self._detach_if_over()
 
@@ -319,13 +355,60 @@ class TlsStream(PeerStream):
         await connection.writable()
         self._check()
 
-    async def _end_writing(self) -> None:
+    async def _end_writing(self, data: bytes) -> None:
+        if len(data) > _ONE_RECORD:
+            await self._transmit(data)
+        elif data:
+            if self._connection is None:
+                raise self._fail(ConnectionResetError("the connection was lost"))
+            self._send_end(piece_head(len(data)) + data + END_PIECE)
+            return
         self._send_end(END_PIECE)
+
+    async def accept(self) -> None:
+        """See PeerStream. What the handler writes soon goes along."""
+        self._check()
+        if self._connection is not None:
+            self._connection.owe(_ACCEPTED_PIECE, _ACCEPT_SECONDS)
+
+    def expect_acceptance(self, timeout: float) -> None:
+        """See PeerStream. No task waits for it: the first bytes that arrive must be it."""
+        self._accept_timeout = timeout
+
+    def _begin_acceptance(self, timeout: float) -> None:
+        self._acceptance = self._loop.call_later(timeout, self._not_accepted, timeout)
+
+    def _accepted_by(self, data: bytes) -> bytes:
+        """Take the acknowledgement off the first bytes."""
+        self._end_acceptance()
+        if not data.startswith(ACCEPTED):
+            self.break_off("the stream was not accepted")
+            return b""
+        return data[len(ACCEPTED) :]
+
+    def _end_acceptance(self) -> None:
+        if self._acceptance is not None:
+            self._acceptance.cancel()
+            self._acceptance = None
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """See PeerStream. What arrives calls it: no task waits."""
+        self._gone, self._wanted = gone, 1
+        if self._buffered or len(self._ahead) or self._peer_ended or self._failure is not None:
+            self._wake()
+
+    def unwatch(self) -> None:
+        """See PeerStream."""
+        self._gone = None
+
+    def _at_hand(self) -> bytes:
+        return self._take_all() if self._buffered else b""
 
     def _cut(self, code: ResetCode, failure: ConnectionError) -> None:
         del failure
         self._chunks.clear()
         self._buffered = 0
+        self._end_acceptance()
         self._wake()
         connection = self._connection
         if connection is None:
@@ -335,6 +418,11 @@ class TlsStream(PeerStream):
         elif self._unsent:
             # The peer has not heard of this stream.
             self._peer_ended = self._sent_end = True
+            self._detach_if_over()
+        elif self._peer_finished and self._begun_here:
+            # The peer is done with it, and need not know before this side begins the next stream.
+            connection.owe(reset_piece(int(code)))
+            self._sent_end = True
             self._detach_if_over()
         else:
             connection.discard(self)
@@ -351,7 +439,7 @@ class TlsStream(PeerStream):
             if self._peer_ended:
                 return False
             self._wanted = size
-            self._arrived = asyncio.get_running_loop().create_future()
+            self._arrived = self._loop.create_future()
             try:
                 await self._arrived
             finally:
@@ -361,6 +449,10 @@ class TlsStream(PeerStream):
     def _wake(self) -> None:
         if self._arrived is not None and not self._arrived.done():
             self._arrived.set_result(None)
+        if self._gone is not None:
+            # Soon, not now: the stream may be dropped by the request that watches it.
+            gone, self._gone = self._gone, None
+            self._loop.call_soon(gone)
 
     def _take_all(self) -> bytes:
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
