@@ -13,7 +13,7 @@ from tests.integration.net_pair import Pair, echo, pair, read_all
 
 from mesh_llm.core.types.events import PeerLost
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.core.types.ports import ByteStream, RequestStream
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.net.tls import listener
@@ -398,7 +398,7 @@ async def test_a_request_and_its_answer_are_one_write_on_each_side(monkeypatch: 
         written.append(parts)
         write(connection, *parts)
 
-    async def answer(stream: PeerStream, _: object) -> None:
+    async def answer(stream: RequestStream, _: NodeId) -> None:
         data = await stream.read(100)
         await stream.finish(data.upper())
 
@@ -424,7 +424,7 @@ async def test_a_stream_is_acknowledged_although_its_handler_says_nothing():
     async with pair(tls=True, accept_timeout=0.5) as nodes:
         release = asyncio.Event()
 
-        async def slow(stream: PeerStream, _: object) -> None:
+        async def slow(stream: RequestStream, _: NodeId) -> None:
             await release.wait()
             await stream.finish(b"late")
 
