@@ -8,6 +8,7 @@ be too large, but not too small.
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import GGML_TYPES, LayerFacts, ModelFacts, ModelKind
@@ -38,6 +39,20 @@ _NO_CACHE = frozenset({
 _RECURRENT = frozenset({"arwkv7", "mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7"})
 _RECURRENT_AND_ATTENTION = frozenset({"falcon-h1"})
 _INTERVAL = frozenset({"minimax-01", "qwen35", "qwen35moe", "qwen3next", "qwen4exp"})
+
+_PLAIN = frozenset({
+    "gemma", "glm4", "granite", "granitemoe", "internlm2", "llama", "mistral3", "qwen2", "qwen2moe", "qwen3",
+    "qwen3moe", "starcoder2",
+})  # fmt: skip
+"""Architectures with one ordinary KV cache, and positions in one dimension."""
+
+
+class CacheShape(NamedTuple):
+    """An ordinary KV cache: key and value heads of each layer; elements of a head's key, and of its value."""
+
+    heads: tuple[int, ...]
+    key: int
+    value: int
 
 
 class Shape:
@@ -75,6 +90,13 @@ class Shape:
     def cache_bytes_per_token(self) -> int:
         """KV cache of one token, f16, of all layers that have one."""
         return sum(self._cache_row(layer) for layer in self._attention_layers())
+
+    def plain_cache(self) -> CacheShape | None:
+        """The cache's shape, where every layer attends to the whole context and nothing else is kept; else None."""
+        plain = self.architecture in _PLAIN and not (self._window or self._is_mla or self._recurrent_layers())
+        if not plain or len(self._attention_layers()) != self.layers:
+            return None
+        return CacheShape(tuple(self._kv_heads), self._key, self._value)
 
     def window(self) -> tuple[int, int]:
         """The sliding window, and the cache bytes per token of layers with it; (0, 0) if there is none."""
