@@ -47,7 +47,12 @@ from mesh_llm.wire.mesh.certificates import Certificate, rests_on
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.invites import Invite, Revocation
 
-_DIRECT = frozenset({StreamType.HTTP, StreamType.RPC, StreamType.PUSH, StreamType.MODEL, StreamType.MEASURE})
+_DIRECT = frozenset(
+    {
+        *(StreamType.HTTP, StreamType.RPC, StreamType.PUSH, StreamType.MODEL, StreamType.MEASURE),
+        StreamType.PROMPT_CACHE,
+    }
+)
 """What moves to TLS. MEASURE goes where RPC goes, so that plans count what a split model will have."""
 
 FAREWELL_SECONDS = 1.0

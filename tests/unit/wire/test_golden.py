@@ -18,7 +18,7 @@ from mesh_llm.core.listing.content import ListedModel, Listing
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelKind, ModelStatus, Rates, Speed
-from mesh_llm.wire import discovery
+from mesh_llm.wire import discovery, llama_state
 from mesh_llm.wire.codec import Malformed, encode, fingerprint
 from mesh_llm.wire.ggml_rpc import packing, protocol, tensors, tunnel
 from mesh_llm.wire.mesh import admission, certificates, frames, invites, routes, streams
@@ -251,6 +251,14 @@ _ROUTES_REPLIES = {
     "table": routes.table_of(SNAPSHOT, NONCE, HOSTS),
     "unchanged": routes.RoutesUnchanged(2.5),
 }
+
+
+def _chain(tokens: range) -> bytes:
+    return b"".join(llama_state.chain(tokens, b"k" * 32))
+
+
+_CACHE_ASKED = streams.CacheParameters(bytes(range(32)), NONCE * 2)
+_CACHE_QUESTION = streams.CacheQuestion((b"m" * 16, b"n" * 16), (b"a" * 16, b"b" * 16, b"c" * 16))
 _MODEL_REQUESTS = {"offer": streams.WantOffer(), "list": streams.WantDigests(1), "chunk": streams.WantChunk(0, 300)}
 _OFFER = streams.Offer(
     (streams.OfferedFile(5, b"s" * 32, b"c" * 32), streams.OfferedFile(9, b"s" * 32, b"c" * 32, "p.gguf"))
@@ -294,6 +302,13 @@ GOLDEN: dict[str, Golden] = {
     "model/refused": Golden(
         streams.ModelRefused("it is gone"), streams.encode_model_reply, _reply(streams.decode_model_refused)
     ),
+    "cache/asked": Golden(_CACHE_ASKED, encode, streams.decode_cache_parameters),
+    "cache/question": Golden(_CACHE_QUESTION, encode, streams.decode_cache_question),
+    "cache/offer": Golden(streams.CacheOffer(3328, 10_223_616), encode, streams.decode_cache_answer),
+    "cache/refused": Golden(streams.CacheRefused("it is busy"), encode, streams.decode_cache_answer),
+    "cache/key": Golden(NONCE * 2, partial(streams.cache_key, FOUNDER.node_id, MEMBER.node_id)),
+    "cache/mark": Golden(b"m" * 16, partial(streams.mark_proof, key=b"k" * 32)),
+    "cache/chain": Golden(range(512), _chain),
     "lan": Golden(
         LAN,
         _txt,

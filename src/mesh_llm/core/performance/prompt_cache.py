@@ -1,12 +1,15 @@
-"""Whether a saved prompt cache is worth its while: when one is kept, and when one is brought back instead of reading.
+"""Whether a prompt cache is worth its while: when one is kept, brought back from the disk, or moved from another node.
 
 Reading a prompt takes as long as it has tokens; bringing its cache back takes as long as it has bytes. Both speeds are
-measured on the machine; before that they are guessed, and the guesses favour reading.
+measured on the machine; before that they are guessed, and the guesses favour reading. Nothing is moved on a guess: the
+link to the other node and the speed of reading here must have been measured.
 """
 
 from collections.abc import Iterable, Sequence
 
 import msgspec
+
+from mesh_llm.core.performance.prediction import Link
 
 LEAST_TOKENS = 512
 """Shorter prompts are read again: their caches are not kept."""
@@ -25,6 +28,18 @@ GAIN = 2.0
 
 SETUP_SECONDS = 0.02
 """For any cache, beside its bytes: opening the file, and two questions to the engine."""
+
+MOVE_SETUP_SECONDS = 0.15
+"""For any move, beside its bytes and round trips: tokens are counted here, and a slot is found and saved there."""
+
+MOVE_ROUND_TRIPS = 4
+"""A stream is opened, a question answered, an offer taken, and the last bytes confirmed."""
+
+CHECK_SPEED = 500e6
+"""Bytes a second at which what has arrived is checked."""
+
+_MOST_LAG, _LEAST_LAG = 16.0, 0.5
+_SMOOTHING = 0.5
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -95,3 +110,54 @@ def reading_seconds(tokens: int, speed: float = 0.0) -> float:
 def worth(seconds: float, tokens: int, read_speed: float = 0.0) -> bool:
     """Whether bringing a cache back in so many seconds is enough faster than reading its tokens again."""
     return seconds * GAIN <= reading_seconds(tokens, read_speed)
+
+
+class MoveSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of the way by which caches come from another node.
+
+    Attributes:
+        link: as it was measured.
+        lag: how many times as long as predicted the last moves took, smoothed.
+    """
+
+    link: Link
+    lag: float = 1.0
+
+    def seconds(self, size: int, restore_speed: float = 0.0) -> float:
+        """How long it takes to move a cache of so many bytes, and to bring it into a slot.
+
+        `restore_speed`: bytes a second into a slot, as measured; 0: unknown.
+        """
+        return self._plain(size, restore_speed) * self.lag
+
+    def observed(self, size: int, seconds: float, restore_speed: float = 0.0) -> "MoveSpeed":
+        """A move of so many bytes took so long: the next prediction is corrected by half of the difference."""
+        ratio = min(max(seconds / self._plain(size, restore_speed), _LEAST_LAG), _MOST_LAG)
+        return MoveSpeed(link=self.link, lag=self.lag + _SMOOTHING * (ratio - self.lag))
+
+    def _plain(self, size: int, restore_speed: float) -> float:
+        trips = MOVE_SETUP_SECONDS + 2 * MOVE_ROUND_TRIPS * self.link.one_way_seconds
+        return trips + size / self.link.bytes_per_second + size / CHECK_SPEED + restore_seconds(size, restore_speed)
+
+
+def worth_moving(speed: MoveSpeed | None, tokens: int, size: int, read_speed: float, restore_speed: float) -> bool:
+    """Whether to move a cache from another node rather than to read the prompt here.
+
+    Args:
+        speed: of the way to that node; None: unknown.
+        tokens: that need not be read then.
+        size: bytes of the whole cache.
+        read_speed: tokens a second here; 0: unknown.
+        restore_speed: bytes a second into a slot; 0: unknown, and guessed with care.
+    """
+    if speed is None or speed.link.bytes_per_second <= 0.0 or read_speed <= 0.0 or tokens < LEAST_TOKENS:
+        return False
+    return worth(speed.seconds(size, restore_speed), tokens, read_speed)
+
+
+def move_deadline(tokens: int, read_speed: float) -> float:
+    """Seconds after which a move is given up: half of what reading takes, so that a bad guess costs half as much again.
+
+    `read_speed`: above 0.
+    """
+    return max(1.0, tokens / read_speed / GAIN)

@@ -44,6 +44,7 @@ class StreamType(IntEnum):
     MEASURE = 9
     GRANT = 10
     TRANSPORT = 11
+    PROMPT_CACHE = 12
 
 
 class ResetCode(IntEnum):
@@ -88,6 +89,7 @@ ACKNOWLEDGED = frozenset(
         StreamType.MEASURE,
         StreamType.GRANT,
         StreamType.TRANSPORT,
+        StreamType.PROMPT_CACHE,
     }
 )
 """Types whose acceptor sends `ACCEPTED` at once, which distinguishes a dead peer from a slow answer."""

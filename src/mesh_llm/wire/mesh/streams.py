@@ -1,4 +1,4 @@
-"""What two nodes say on MEASURE and MODEL streams. Sans-IO and bounded.
+"""What two nodes say on MEASURE, MODEL and PROMPT_CACHE streams. Sans-IO and bounded.
 
 MEASURE: a node asks another for its speed and its round trips, and times messages. The asker's header is empty. Then
 each frame of the asker gets one frame as an answer. The first answer is a `Facts`. After that, a frame that begins with
@@ -7,10 +7,16 @@ each frame of the asker gets one frame as an answer. The first answer is a `Fact
 MODEL: a node downloads a model's files from a seeder, chunk by chunk. The parameters name the model as it is announced:
 served name and fingerprint, never a path. The asker sends frames, one request each, without waiting for answers. The
 seeder answers in order: `u8 kind | u32 length, big-endian | body`. Several PREPARING may precede an OFFER.
+
+PROMPT_CACHE: a host asks another for what a prompt's beginning was computed to. The asker sends a question, the holder
+answers with an offer or refuses. If the asker wants it, it sends WANTED; then come so many bytes of rows
+(`wire/llama_state.py`), and the end. Nothing in the question tells a prompt, or a key that another node could use: all
+of it is hashed with a key of this asker, this holder and this stream.
 """
 
 from enum import IntEnum
 from functools import partial
+from hashlib import blake2b
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -20,6 +26,7 @@ from mesh_llm.core.types.announcement import Count
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import LATER, Speed
 from mesh_llm.wire.codec import Malformed, decode, encode
+from mesh_llm.wire.llama_state import LINK_BYTES
 from mesh_llm.wire.mesh.announcement import SPEED, Distance, read_distances
 from mesh_llm.wire.mesh.structs import Codec, derive
 
@@ -237,3 +244,69 @@ def decode_offer(body: bytes) -> Offer | Malformed:
     if extra not in ([], [len(offer.files) - 1]) or len(offer.files) == len(extra):
         return Malformed("a projector that is not the last of several files")
     return offer
+
+
+MAX_CACHE_QUESTION = 64 * 1024
+MAX_CACHE_ANSWER = 2048
+MAX_CACHE_MARKS = 128
+MAX_CACHE_LINKS = 2048
+MAX_CACHE_TOKENS = 1 << 24
+WANTED = b"\x01"
+"""The asker's second frame: it takes the offer."""
+
+_NONCE_BYTES = 16
+_CACHE_PURPOSE = b"mesh-llm prompt cache"
+
+_Link: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=LINK_BYTES, max_length=LINK_BYTES)]
+
+
+class CacheParameters(msgspec.Struct, frozen=True, array_like=True):
+    """A PROMPT_CACHE stream's parameters.
+
+    Attributes:
+        identity: of the model's content, the engine's build and the settings that a cache depends on: both sides' own.
+        nonce: random; the key of all hashes in the question is made with it.
+    """
+
+    identity: _Digest
+    nonce: Annotated[bytes, msgspec.Meta(min_length=_NONCE_BYTES, max_length=_NONCE_BYTES)]
+
+
+class CacheQuestion(msgspec.Struct, frozen=True, array_like=True):
+    """Which prompt.
+
+    Attributes:
+        marks: a proof for each beginning of the prompt as a request has it, by which the holder finds it.
+        links: of the chain over its tokens, for the beginning that the asker lacks.
+    """
+
+    marks: Annotated[tuple[_Link, ...], msgspec.Meta(min_length=1, max_length=MAX_CACHE_MARKS)]
+    links: Annotated[tuple[_Link, ...], msgspec.Meta(min_length=1, max_length=MAX_CACHE_LINKS)]
+
+
+class CacheOffer(msgspec.Struct, frozen=True, array_like=True, tag="offer"):
+    """What the holder has of it: tokens from the beginning, all of which the asker has shown to know, and bytes."""
+
+    tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_CACHE_TOKENS)]
+    size: Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]
+
+
+class CacheRefused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """Why the holder gives nothing, as a clause."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=bounds.MAX_TEXT, pattern=bounds.ONE_LINE)]
+
+
+decode_cache_parameters = partial(decode, msgspec.msgpack.Decoder(CacheParameters))
+decode_cache_question = partial(decode, msgspec.msgpack.Decoder(CacheQuestion))
+decode_cache_answer = partial(decode, msgspec.msgpack.Decoder(CacheOffer | CacheRefused))
+
+
+def cache_key(asker: NodeId, holder: NodeId, nonce: bytes) -> bytes:
+    """The key of the hashes in a question: with it, they are of use to this holder only, and only from this asker."""
+    return blake2b(_CACHE_PURPOSE + bytes.fromhex(asker) + bytes.fromhex(holder) + nonce, digest_size=32).digest()
+
+
+def mark_proof(mark: bytes, key: bytes) -> bytes:
+    """Shows that one knows a beginning of a prompt, to one who knows it too."""
+    return blake2b(mark, digest_size=LINK_BYTES, key=key).digest()
