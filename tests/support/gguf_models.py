@@ -25,6 +25,7 @@ from tests.support.gguf_weights import ROPE_BASE, Matrix, Recipe, matrices
 
 PRESETS = {
     "small": Recipe("random-small", layers=6, width=256, feed_forward=256, heads=4, kv_heads=2, seed=1),
+    "small-slow": Recipe("random-small-slow", layers=6, width=256, feed_forward=2048, heads=4, kv_heads=2, seed=1),
     "small-draft": Recipe("random-draft", layers=1, width=128, feed_forward=256, heads=4, kv_heads=2, seed=7),
     "middle": Recipe("random-middle", layers=12, width=768, feed_forward=2048, heads=12, kv_heads=6, seed=3),
     "small-reasoning": Recipe(
@@ -37,7 +38,7 @@ PRESETS = {
         "random-stand-in", layers=24, width=1024, feed_forward=1024, heads=16, kv_heads=2, seed=4, context=65536
     ),
 }
-"""About 5 MB, 0.5 MB, 160 MB, 5 MB, 530 MB and 260 MB. The draft drafts for all others.
+"""About 5 MB, 22 MB, 0.5 MB, 160 MB, 5 MB, 530 MB and 260 MB. The draft drafts for all others.
 
 The last is for engines that do not compute (bench/split/stand_in.py): it is wide, and 2, 3, 4 and 8 machines can share
 its layers evenly.

@@ -5,9 +5,10 @@ whose target is lost later is resumed on another target (`resume`); what cannot 
 the API's own shape. An undisturbed answer is relayed as bytes, never parsed.
 """
 
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -30,7 +31,7 @@ from mesh_llm.api.errors import (
     upstream_error,
 )
 from mesh_llm.api.limits import FairQueue
-from mesh_llm.api.request import ASKED_HEADER, MODEL_HEADER, ModelRequest, model_header
+from mesh_llm.api.request import ASKED_HEADER, MODEL_HEADER, PROMPT_AT_HEADER, ModelRequest, model_header
 from mesh_llm.api.resume.resume import (
     RESUMABLE,
     CannotResume,
@@ -49,7 +50,7 @@ from mesh_llm.core.routing.ranking import ModelRoute, Target, Warmth, rank
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import ModelStatus
-from mesh_llm.core.types.ports import EngineEnd, Routes
+from mesh_llm.core.types.ports import EngineEnd, PromptElsewhere, Routes
 from mesh_llm.wire.http.http1 import end_to_end, header
 
 RESUMED_HEADER = b"x-mesh-llm-resumed"
@@ -57,6 +58,9 @@ RESUMED_HEADER = b"x-mesh-llm-resumed"
 
 _ENGINE_FAULTS = (ENGINE_DIED.encode(), ENGINE_STUCK.encode())
 _BYTES_PER_TOKEN = 4
+_MOVED_BYTES = 1024
+"""Of a prompt: so much more must another node have seen before its cache may be moved."""
+_NODE_ID = re.compile(rb"[0-9a-f]{64}")
 _LAST_EVENTS = (b"data: [DONE]\n\n", b'"message_stop"}\n\n')
 _LAST_RESPONSE = b"response.completed"
 _NOT_RELAYED = frozenset(
@@ -74,12 +78,32 @@ class _Plan:
         upstream_request: what every target is sent.
         selector: finds the targets.
         prefixes: of the prompt, to remember with the target that answers.
+        warmth: what each node has seen of the prompt, of those that are not taken for dead.
     """
 
     job: ModelRequest
     upstream_request: UpstreamRequest
     selector: TargetSelector
     prefixes: list[Prefix]
+    warmth: Mapping[NodeId, Warmth]
+
+    def request_for(self, target: Target) -> UpstreamRequest:
+        """What a target is sent: another node also learns who got more of the prompt."""
+        holder = None if target.local else self.holder_for(target.node)
+        if holder is None:
+            return self.upstream_request
+        headers = (*self.upstream_request.headers, (PROMPT_AT_HEADER, holder.encode()))
+        return replace(self.upstream_request, headers=headers)
+
+    def holder_for(self, node: NodeId) -> NodeId | None:
+        """The node that has seen more of the prompt than this one does; None: there is none."""
+        asked = header(self.job.request.headers, PROMPT_AT_HEADER) if self.job.request.peer is not None else None
+        if asked is not None:
+            return NodeId(asked.decode()) if _NODE_ID.fullmatch(asked) else None
+        known = self.warmth.get(node)
+        least = (known.prefix_bytes if known is not None else 0) + _MOVED_BYTES
+        more = [(one.prefix_bytes, other) for other, one in self.warmth.items() if one.prefix_bytes >= least]
+        return max(more)[1] if more else None
 
 
 class Proxy:
@@ -124,7 +148,9 @@ class Proxy:
             request.trace.ranked(model, targets, self._accounting.in_flight(model), warmth)
         selector = TargetSelector(self._config, self._routes, self._clock, job, self._rank, targets)
         upstream_request = UpstreamRequest(request.method, request.target, request.forwarded_headers(model), job.body)
-        plan = _Plan(job, upstream_request, selector, prefixes)
+        current = self._routes.current
+        reachable = {node: one for node, one in warmth.items() if node in current.alive or node == current.node}
+        plan = _Plan(job, upstream_request, selector, prefixes, reachable)
         failures: list[MeshError] = []
         tried: set[tuple[NodeId, int]] = set()
         while (target := await self._next_target(plan, failures)) is not None:
@@ -180,7 +206,7 @@ class Proxy:
         refused: MeshError | None = None
         try:
             async with self.queue.turn(target, job, plan.selector.deadline), self._prompt_cache(plan, target):
-                response = await self._upstream.send(target, plan.upstream_request, job.model)
+                response = await self._upstream.send(target, plan.request_for(target), job.model)
                 try:
                     refused = refusal(response)
                     if refused is not None:
@@ -219,8 +245,14 @@ class Proxy:
         if not target.local or not caches.keeps(job.model, target.term):
             yield
             return
-        prefixes = (plan.prefixes or prompt_prefixes(job.body)) if job.request.path in RESUMABLE else []
-        ended = await caches.begin(job.model, target.term, [Mark(prefix.key, prefix.size) for prefix in prefixes])
+        path = job.request.path
+        prefixes = (plan.prefixes or prompt_prefixes(job.body)) if path in RESUMABLE else []
+        holder = plan.holder_for(target.node) if prefixes else None
+        elsewhere = None
+        if holder is not None and holder != target.node:
+            elsewhere = PromptElsewhere(holder, path, self._upstream.body_for(job.model, path, job.body))
+        marks = [Mark(prefix.key, prefix.size) for prefix in prefixes]
+        ended = await caches.begin(job.model, target.term, marks, elsewhere)
         try:
             yield
         finally:
@@ -369,7 +401,10 @@ class Proxy:
         if request.peer is not None:
             return rank(route, in_flight, local_only=True), [], {}
         if sum(target.status is ModelStatus.WARM for target in route.targets) < 2:
-            return rank(route, in_flight), [], {}
+            # Its host may change: a long prompt is remembered, and may be found where it was read.
+            short = len(job.body) < _MOVED_BYTES or request.method == "GET"
+            prefixes = [] if short else prompt_prefixes(job.body)
+            return rank(route, in_flight), prefixes, self._affinity.warmth(route.name, prefixes)
         if request.method == "GET":
             # An engine's facts on itself (slots, props): this node's own engine is meant, where it has one.
             return sorted(rank(route, in_flight), key=lambda target: not target.local), [], {}

@@ -23,6 +23,8 @@ from mesh_llm.wire.http.multipart import FormError, FormPart, boundary_of, parse
 MODEL_HEADER = b"x-mesh-llm-model"
 ASKED_HEADER = b"x-mesh-llm-asked-model"
 """On an answer of the default model: the unknown name that the request has."""
+PROMPT_AT_HEADER = b"x-mesh-llm-prompt-at"
+"""On a request to another node: the node that got more of this prompt before."""
 RESUME_HEADER = b"x-mesh-llm-resume"
 """On a request: `off` where an interrupted answer must not be resumed on another node."""
 

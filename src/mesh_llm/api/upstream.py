@@ -17,7 +17,15 @@ from mesh_llm.core.routing.ranking import ModelRoute, Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
-from mesh_llm.core.types.ports import ByteStream, EngineEnd, OpenStream, PromptCaches, PromptEnded, Routes
+from mesh_llm.core.types.ports import (
+    ByteStream,
+    EngineEnd,
+    OpenStream,
+    PromptCaches,
+    PromptElsewhere,
+    PromptEnded,
+    Routes,
+)
 from mesh_llm.wire.http.http1 import (
     Headers,
     Http1Error,
@@ -286,7 +294,13 @@ class _NoCaches:
     def keeps(self, model: str, term: int) -> bool:  # noqa: ARG002 - no caches
         return False
 
-    async def begin(self, model: str, term: int, prompt: Sequence[Mark]) -> PromptEnded:  # noqa: ARG002 - no caches
+    async def begin(
+        self,
+        model: str,  # noqa: ARG002 - no caches
+        term: int,  # noqa: ARG002
+        prompt: Sequence[Mark],  # noqa: ARG002
+        elsewhere: PromptElsewhere | None = None,  # noqa: ARG002
+    ) -> PromptEnded:
         return _nothing
 
 
@@ -332,6 +346,11 @@ class Upstream:
             raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
         return await self._exchange(self._watchdog.watch(stream, target, model), PEER_HOST, request, None)
 
+    def body_for(self, model: ModelName, path: str, body: bytes) -> bytes:
+        """A request's body as an engine here gets it."""
+        prompt = self.system_prompt(model)
+        return with_system_prompt(path, body, prompt) if prompt else body
+
     def close(self) -> None:
         """Drop all idle connections."""
         self._pool.close()
@@ -343,8 +362,8 @@ class Upstream:
         headers, body = request.headers, request.body
         if key := self.engines.key_of(address):
             headers = (*headers, (b"authorization", f"Bearer {key}".encode()))
-        if body and model is not None and (prompt := self.system_prompt(model)):
-            body = with_system_prompt(request.target.partition("?")[0], body, prompt)
+        if body and model is not None:
+            body = self.body_for(model, request.target.partition("?")[0], body)
         request = UpstreamRequest(request.method, request.target, headers, body)
         self._waiting[address] = self._waiting.get(address, 0) + 1
         try:

@@ -107,9 +107,12 @@ def render(status: Status) -> str:
 
 def _prompt_caches(status: Status) -> list[str]:
     saved = status.prompt_caches
-    if saved is None or not saved.count:
+    if saved is None or not (saved.count or saved.moved_in or saved.moved_out):
         return []
-    return [f"  prompts  {saved.count} saved, {size(saved.bytes)} of at most {size(saved.limit)}"]
+    text = f"{saved.count} saved, {size(saved.bytes)} of at most {size(saved.limit)}"
+    if saved.moved_in or saved.moved_out:
+        text += f"; {saved.moved_in} came from other nodes, {saved.moved_out} went to them"
+    return [f"  prompts  {text}"]
 
 
 def _division(model: StatusModel) -> str:

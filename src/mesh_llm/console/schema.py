@@ -179,11 +179,19 @@ class StatusProblem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusPromptCaches(msgspec.Struct, frozen=True, kw_only=True):
-    """The saved prompt caches of this node: how many, the bytes of their files, and the most that there may be."""
+    """The saved prompt caches of this node: how many, the bytes of their files, and the most that there may be.
+
+    Since the start: how many `moved_in` from other nodes and `moved_out` to them, and the bytes that both moved; how
+    many were `refused` because what came was not as it must be.
+    """
 
     count: int = 0
     bytes: int = 0
     limit: int = 0
+    moved_in: int = 0
+    moved_out: int = 0
+    moved_bytes: int = 0
+    refused: int = 0
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

@@ -61,7 +61,8 @@ from mesh_llm.daemon.model_sharing import MeshDownloads, ModelSharing
 from mesh_llm.daemon.ollama import ClientsModels, DescribedModels
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.performance import PerformanceServices
-from mesh_llm.daemon.prompt_cache import DIRECTORY, SlotCaches
+from mesh_llm.daemon.prompt_cache import DIRECTORY, SlotCaches, caches_status
+from mesh_llm.daemon.prompt_moves import PromptMoves
 from mesh_llm.daemon.published_state import (
     InviteShown,
     NoticeShown,
@@ -450,6 +451,10 @@ class Daemon:
         publisher = ListingPublisher(net, home, settings.discovery, post)
         performance = PerformanceServices(net, node, machine, home, post, published.changes.notify)
         stack.push_async_callback(performance.close)
+        if engines.caches is not None:
+            moves = PromptMoves(net, engines.caches, performance.measure_link, limit.take, self._clock)
+            engines.caches.moves = moves
+            stack.push_async_callback(moves.close)
 
         devices = Devices(settings, machine, post, performance.devices_changed)
 
@@ -536,14 +541,10 @@ class Daemon:
         )
 
     async def _clear_prompt_caches(self, caches: SlotCaches) -> StatusPromptCaches:
-        usage = await caches.clear()
-        return StatusPromptCaches(count=usage.count, bytes=usage.bytes, limit=self._settings.prompt_cache_bytes)
+        return caches_status(caches, await caches.clear(), self._settings.prompt_cache_bytes)
 
     def _prompt_caches(self, caches: SlotCaches | None) -> StatusPromptCaches | None:
-        if caches is None:
-            return None
-        usage = caches.usage
-        return StatusPromptCaches(count=usage.count, bytes=usage.bytes, limit=self._settings.prompt_cache_bytes)
+        return None if caches is None else caches_status(caches, caches.usage, self._settings.prompt_cache_bytes)
 
     def _make_status(self, core: _Core, api: ApiServer, listing: ListingSwitch, info: DaemonInfo) -> StatusBuilder:
         net, performance, tokens = core.net, core.performance, self._traffic.tokens

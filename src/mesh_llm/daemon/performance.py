@@ -563,6 +563,7 @@ class PerformanceServices:
             scope = net.scope_of(other)
             return scope is not None and scope >= Scope.SPLIT
 
+        self.measure_link = meter.measure
         self._node = node
         self._planner = Planner(node, machine.registry, self._speeds, meter, may_share, changed)
         self.plan = self._planner.plan

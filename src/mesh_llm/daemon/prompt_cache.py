@@ -18,8 +18,18 @@ from typing import BinaryIO
 import psutil
 import structlog
 
-from mesh_llm.core.performance.prompt_cache import LEAST_TOKENS, Mark, common, restore_seconds, worth
-from mesh_llm.core.types.ports import PromptEnded
+from mesh_llm.console.schema import StatusPromptCaches
+from mesh_llm.core.performance.prompt_cache import (
+    LEAST_TOKENS,
+    Mark,
+    common,
+    move_deadline,
+    restore_seconds,
+    worth,
+    worth_moving,
+)
+from mesh_llm.core.types.ports import PromptElsewhere, PromptEnded
+from mesh_llm.daemon.prompt_moves import Held, Moves, PromptMoves, Wanted, prompt_tokens
 from mesh_llm.engine.installation import system
 from mesh_llm.engine.probe import get
 from mesh_llm.engine.prompt_cache.sealed import Header
@@ -28,8 +38,11 @@ from mesh_llm.engine.slots import Slot, SlotControl, SlotError
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo
+from mesh_llm.models.gguf.facts import Shape
+from mesh_llm.models.gguf.header import GgufError, read_header
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
+from mesh_llm.wire.llama_state import BLOCK_TOKENS, StateLayout, plain_layout
 
 DIRECTORY = "prompts"
 """In the home's cache directory."""
@@ -41,6 +54,10 @@ _BETWEEN_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 _ANSWER_SECONDS = 1.0
 _BRING_SECONDS = 30.0
+_MEASURE_SHARE = 0.1
+"""Of the time that reading takes: so long a link to another node may be measured first, where it is unknown."""
+_GIVE_SECONDS = 2.0
+"""Longest wait for a slot whose state another node asks for."""
 _LEAST_BYTES = 1024
 """Of a request's prompt: a shorter one has no LEAST_TOKENS."""
 _MOST_REMEMBERED = 256
@@ -84,6 +101,7 @@ class _Launch:
         spec: how it was started.
         token_bytes: bytes of KV cache a token.
         identity: what its states depend on; None if the model cannot be read.
+        layout: of its states, once that is known; None where caches of its kind are not moved between nodes.
         running: prompts that have not ended, and those that have and were not found in a slot yet.
         slots: which prompt is in which slot.
         earlier: prompts that it got, the last one at the end: they may be in its own cache in memory.
@@ -105,6 +123,7 @@ class _Launch:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     keeper: asyncio.Task[object] | None = None
+    layout: StateLayout | None = None
     count: int = 0
     saved_at: float = float("-inf")
     read_speed: float = 0.0
@@ -119,6 +138,11 @@ class _Launch:
         """Wait for the identity; None also if the launch ends before it is known."""
         await asyncio.wait({self.identity})
         return None if self.identity.cancelled() else self.identity.result()
+
+    @property
+    def identity_now(self) -> bytes | None:
+        """The identity, if it is known already."""
+        return self.identity.result() if self.identity.done() and not self.identity.cancelled() else None
 
     def warm_bytes(self, marks: Sequence[Mark]) -> int:
         """How many bytes of a prompt's beginning the engine has, in a slot or in its own cache in memory."""
@@ -172,6 +196,10 @@ class SlotCaches:
         self._clock = clock
         self._launches: dict[tuple[str, int], _Launch] = {}
         self._restore_speed = 0.0
+        self._layouts: dict[bytes, StateLayout] = {}
+        self._read_speeds: dict[bytes, float] = {}
+        self.moves: PromptMoves | None = None
+        """By which caches follow conversations between nodes; set once this node is part of a mesh."""
         self._scope = TaskScope("prompt-caches")
         self._opened = self._scope.spawn(asyncio.to_thread(store.open), "open")
 
@@ -196,7 +224,7 @@ class SlotCaches:
         """A launch is ready. `files`: of its model and projector; `token_bytes`: bytes of KV cache a token."""
         if info.slot_control is None:
             return
-        identity = self._scope.spawn(self._identify(spec, files), f"identify {model}#{term}")
+        identity = self._scope.spawn(self._identify(model, term, spec, files), f"identify {model}#{term}")
         launch = _Launch(model, info, spec, token_bytes, identity)
         self._launches[model, term] = launch
         launch.keeper = self._scope.supervise(partial(self._keep, launch), f"keep {model}#{term}")
@@ -229,8 +257,10 @@ class SlotCaches:
         """Whether the prompts of a launch are saved."""
         return (model, term) in self._launches
 
-    async def begin(self, model: str, term: int, prompt: Sequence[Mark]) -> PromptEnded:
-        """A prompt is about to be sent to a launch: bring back what is saved of it."""
+    async def begin(
+        self, model: str, term: int, prompt: Sequence[Mark], elsewhere: PromptElsewhere | None = None
+    ) -> PromptEnded:
+        """A prompt is about to be sent to a launch: bring back what is saved of it here, or what another node has."""
         launch = self._launches.get((model, term))
         if launch is None:
             return lambda: None
@@ -238,6 +268,8 @@ class SlotCaches:
             try:
                 async with asyncio.timeout(_BRING_SECONDS):
                     await self._bring_back(launch, prompt)
+                    if elsewhere is not None and self.moves is not None:
+                        await self._move(launch, prompt, elsewhere, self.moves)
             except (SlotError, TimeoutError) as error:
                 _log.warning("prompt cache not used", model=model, reason=str(error) or "it took too long")
         launch.count += 1
@@ -282,6 +314,8 @@ class SlotCaches:
         tokens, seconds = (float(found.get(name, 0)) for name in (b"tokens", b"seconds"))
         if tokens >= LEAST_TOKENS and seconds > 0.0:
             launch.read_speed = tokens / seconds
+            if (identity := launch.identity_now) is not None:
+                self._read_speeds[identity] = launch.read_speed
 
     async def _save_all(self, launch: _Launch) -> None:
         """Save every idle slot whose prompt is long enough and not saved. Raises SlotError."""
@@ -361,6 +395,122 @@ class SlotCaches:
             launch.earlier.append(back)
             _log.info("prompt cache restored", model=launch.name, tokens=moved.tokens, seconds=round(took, 3))
 
+    # Moving between nodes.
+
+    async def _move(
+        self, launch: _Launch, marks: Sequence[Mark], elsewhere: PromptElsewhere, moves: PromptMoves
+    ) -> None:
+        """Fetch a prompt's cache from another node, if that is faster than reading it. Raises SlotError."""
+        identity, layout = await launch.known_identity(), launch.layout
+        if identity is None or layout is None:
+            return
+        read_speed = launch.read_speed or self._read_speeds.get(identity, 0.0)
+        # If it is not known how far the other node is, then it will be the next time.
+        await moves.speed_of(elsewhere.node, 0.0)
+        if not read_speed:
+            return
+        tokens = await prompt_tokens(launch.info, elsewhere)
+        have = len(tokens) * launch.warm_bytes(marks) // max(marks[-1].size, 1)
+        most = len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+        if most - have < LEAST_TOKENS:
+            return
+        speed = await moves.speed_of(elsewhere.node, (most - have) / read_speed * _MEASURE_SHARE)
+        if speed is None:
+            _log.info("prompt cache not moved", model=launch.name, reason="the link is not known yet")
+            return
+
+        def is_worth(count: int) -> bool:
+            return worth_moving(speed, count - have, count * layout.token_bytes, read_speed, self._restore_speed)
+
+        if not is_worth(most) or not self._has_room(most * layout.token_bytes):
+            _log.info(
+                "prompt cache not moved",
+                model=launch.name,
+                reason="it is not worth it",
+                predicted=round(speed.seconds(most * layout.token_bytes, self._restore_speed), 3),
+                reading=round((most - have) / read_speed, 3),
+            )
+            return
+        wanted = Wanted(node=elsewhere.node, identity=identity, layout=layout, marks=marks, tokens=tokens)
+        began = self._clock()
+        count, size = 0, most * layout.token_bytes
+        with _memory_file() as state:
+            try:
+                async with asyncio.timeout(move_deadline(most - have, read_speed)):
+                    count = await moves.fetch(wanted, state, is_worth)
+                if not count:
+                    return
+                size = count * layout.token_bytes
+                async with launch.lock:
+                    slot = await self._free_slot(launch)
+                    if slot is None:
+                        return
+                    launch.slots.pop(slot.id, None)
+                    restored = await launch.control.restore(slot.id, state.fileno())
+            except TimeoutError:
+                moves.observed(elsewhere.node, size, self._clock() - began, self._restore_speed)
+                raise
+        took = self._clock() - began
+        predicted = speed.seconds(size, self._restore_speed)
+        moves.observed(elsewhere.node, size, took, self._restore_speed)
+        covered = [mark for mark in marks if mark.size * len(tokens) <= marks[-1].size * count]
+        back = _Prompt(covered, launch.count, ended=True, tokens=restored.tokens, saved=True)
+        launch.slots[slot.id] = back
+        launch.earlier.append(back)
+        _log.info(
+            "prompt cache moved",
+            model=launch.name,
+            node=elsewhere.node[:10],
+            tokens=restored.tokens,
+            bytes=size,
+            seconds=round(took, 3),
+            predicted=round(predicted, 3),
+            reading=round((count - have) / read_speed, 3),
+        )
+
+    async def held(self, identity: bytes, knows: Callable[[bytes], bool]) -> Held | None:
+        """What this node has of a prompt, for a node that shows to know it: of an engine's slot, or from the disk."""
+        layout = self._layouts.get(identity)
+        if layout is None:
+            return None
+        for launch in [one for one in self._launches.values() if one.identity_now == identity]:
+            try:
+                async with asyncio.timeout(_GIVE_SECONDS), launch.lock:
+                    found = await self._held_in_slot(launch, layout, knows)
+                    if found is not None:
+                        return found
+            except (SlotError, TimeoutError) as error:
+                _log.info("prompt cache not given", model=launch.name, reason=str(error) or "its slot is busy")
+        entry = self._store.known_to(identity, knows)
+        if entry is None or not self._has_room(entry.header.size):
+            return None
+        file = _memory_file()
+        if await asyncio.to_thread(self._store.restore, entry, file):
+            return Held(file, layout)
+        file.close()
+        return None
+
+    async def _held_in_slot(self, launch: _Launch, layout: StateLayout, knows: Callable[[bytes], bool]) -> Held | None:
+        """The state of the slot that has most of a prompt. Raises SlotError."""
+        launch.find_prompts(slots := await launch.control.list())
+        best: tuple[int, Slot] | None = None
+        for slot in slots:
+            prompt = launch.slots.get(slot.id)
+            if prompt is None or slot.busy:
+                continue
+            known = max((mark.size for mark in prompt.marks if knows(mark.key)), default=0)
+            if known and (best is None or known > best[0]):
+                best = known, slot
+        if best is None or not self._has_room(best[1].tokens * launch.token_bytes):
+            return None
+        file = _memory_file()
+        try:
+            await launch.control.save(best[1].id, file.fileno(), _GIVE_SECONDS)
+        except BaseException:
+            file.close()
+            raise
+        return Held(file, layout)
+
     async def _free_slot(self, launch: _Launch) -> Slot | None:
         """An idle slot: an unused one, or the least recently used, whose prompt is saved first. Raises SlotError."""
         launch.find_prompts(slots := await launch.control.list())
@@ -372,14 +522,44 @@ class SlotCaches:
             await self._save(launch, idle[0], prompt)
         return idle[0]
 
-    async def _identify(self, spec: EngineSpec, files: Sequence[Path]) -> bytes | None:
+    async def _identify(self, model: str, term: int, spec: EngineSpec, files: Sequence[Path]) -> bytes | None:
         """Read the model's files, unless their digests are known."""
         try:
             contents = [(await asyncio.to_thread(self._digests.make, path)).name.encode() for path in files]
+            layout = await asyncio.to_thread(_layout, spec, files[0])
         except OSError as error:
             _log.warning("prompt caches not saved", model=spec.alias, reason=str(error))
             return None
-        return identity_of(spec, contents)
+        identity = identity_of(spec, contents)
+        launch = self._launches.get((model, term))
+        if layout is not None and launch is not None:
+            launch.layout = self._layouts[identity] = layout
+        return identity
+
+
+def caches_status(caches: SlotCaches, usage: Usage, limit: int) -> StatusPromptCaches:
+    """For the status: what is saved, of how many bytes at most, and what was moved."""
+    moves = caches.moves.count if caches.moves is not None else Moves()
+    return StatusPromptCaches(
+        count=usage.count,
+        bytes=usage.bytes,
+        limit=limit,
+        moved_in=moves.taken,
+        moved_out=moves.given,
+        moved_bytes=moves.taken_bytes + moves.given_bytes,
+        refused=moves.refused,
+    )
+
+
+def _layout(spec: EngineSpec, model: Path) -> StateLayout | None:
+    """How the engine lays out a slot's state; None where that is not known. Blocks. Raises OSError."""
+    try:
+        shape = Shape(read_header(model)).plain_cache()
+    except GgufError:
+        return None
+    if shape is None:
+        return None
+    return plain_layout(*shape, spec.cache_type, streams=spec.slots, context=spec.context)
 
 
 def _memory_file() -> BinaryIO:

@@ -59,23 +59,33 @@ async def get(address: str, path: str, timeout: float = 5.0, key: str = "") -> H
 
     None if there is no whole HTTP answer within `timeout` seconds.
     """
+    return await _exchange(address, f"GET {path}", b"", timeout, key)
+
+
+async def post(address: str, path: str, body: bytes, timeout: float = 5.0, key: str = "") -> HttpAnswer | None:
+    """One POST of a JSON body; otherwise as `get`."""
+    return await _exchange(address, f"POST {path}", body, timeout, key)
+
+
+async def _exchange(address: str, what: str, body: bytes, timeout: float, key: str) -> HttpAnswer | None:
     authorization = f"Authorization: Bearer {key}\r\n" if key else ""
-    request = f"GET {path} HTTP/1.0\r\nHost: localhost\r\n{authorization}Connection: close\r\n\r\n"
+    content = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+    request = f"{what} HTTP/1.0\r\nHost: localhost\r\n{authorization}{content}Connection: close\r\n\r\n"
     try:
         async with asyncio.timeout(timeout):
             reader, writer = await open_address(address)
             try:
-                writer.write(request.encode())
+                writer.write(request.encode() + body)
                 answer = await _read_all(reader)
             finally:
                 writer.close()
     except (OSError, TimeoutError):
         return None
-    head, separator, body = answer.partition(b"\r\n\r\n")
+    head, separator, content_bytes = answer.partition(b"\r\n\r\n")
     words = head.split(b"\r\n", 1)[0].split()
     if not separator or len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
         return None
-    return HttpAnswer(status=int(words[1]), body=body)
+    return HttpAnswer(status=int(words[1]), body=content_bytes)
 
 
 async def _read_all(reader: asyncio.StreamReader) -> bytes:

@@ -1,6 +1,8 @@
 """A request is proxied to the best target, and its answer relayed."""
 
 import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import httpx
 import msgspec
@@ -10,6 +12,7 @@ from tests.support.api_harness import (
     HERE,
     THERE,
     Api,
+    FakeEngines,
     local,
     peer_streams,
     remote,
@@ -19,9 +22,12 @@ from tests.support.api_harness import (
 )
 from tests.support.fake_upstream import Call, fake_upstream
 
+from mesh_llm.api.request import PROMPT_AT_HEADER
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import ByteStream, PromptElsewhere
 
 CHAT = "/v1/chat/completions"
 
@@ -342,6 +348,72 @@ async def test_a_conversation_goes_back_to_the_node_that_knows_it():
         text = (await api.get("/metrics")).text
         assert 'mesh_llm_affinity_total{model="tiny",result="hit"} 36.0' in text
         assert 'mesh_llm_affinity_total{model="tiny",result="miss"} 12.0' in text
+
+
+def long_prompt(turns: int = 1) -> bytes:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"{i} " * 1000} for i in range(turns)]
+    return msgspec.json.encode({"model": "tiny", "messages": messages})
+
+
+async def test_a_host_that_lacks_a_prompt_learns_who_got_it():
+    """Also when the first one does not serve the model any more, but not of itself, nor of what a client claims."""
+    seen: list[bytes | None] = []
+
+    async def note(call: Call) -> None:
+        seen.append(call.headers.get(PROMPT_AT_HEADER))
+        await call.respond(b"{}")
+
+    async with fake_upstream(note) as engine, running_api() as api:
+        api.mesh.nodes = dict.fromkeys((THERE, ELSEWHERE), engine.address)
+        api.routes.current = snapshot(route("tiny", remote(THERE)), default="tiny")
+        for body in (long_prompt(), long_prompt(3)):
+            (await api.post(body, x_mesh_llm_prompt_at=ELSEWHERE)).raise_for_status()
+        moved = snapshot(route("tiny", remote(ELSEWHERE)), default="tiny")
+        api.routes.current = msgspec.structs.replace(moved, alive=frozenset({THERE, ELSEWHERE}))
+        (await api.post(long_prompt(5))).raise_for_status()
+        (await api.post(long_prompt(7))).raise_for_status()
+        # A node that is taken for dead is not asked.
+        api.routes.current = snapshot(route("tiny", remote(HERE)), default="tiny")
+        assert seen == [None, None, THERE.encode(), None]
+
+
+@dataclass
+class FakeCaches:
+    """What a host is told of each prompt."""
+
+    told: list[PromptElsewhere | None] = field(default_factory=list[PromptElsewhere | None])
+
+    def keeps(self, model: str, term: int) -> bool:
+        return bool(model) and term >= 0
+
+    async def begin(
+        self, model: str, term: int, prompt: Sequence[Mark], elsewhere: PromptElsewhere | None = None
+    ) -> Callable[[], None]:
+        assert (model, term, len(prompt)) == ("tiny", 0, 1)
+        self.told.append(elsewhere)
+        return lambda: None
+
+
+@pytest.mark.parametrize(
+    ("header", "holder"),
+    [(ELSEWHERE, ELSEWHERE), (THERE, None), ("c" * 63, None), ("C" * 64, None), ("\xe9" * 64, None), ("", None)],
+)
+async def test_a_host_asks_the_node_that_another_one_names(header: str, holder: str | None):
+    caches = FakeCaches()
+    async with (
+        fake_upstream() as engine,
+        running_api([route("tiny", local(engine.address, node=THERE))]) as host,
+        peer_streams(host.server, HERE) as address,
+    ):
+        host.server.use_engines(FakeEngines(), caches)
+        reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+        body = long_prompt()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        writer.write(head.encode() + PROMPT_AT_HEADER + b": " + header.encode("latin-1") + b"\r\n\r\n" + body)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+    expected = None if holder is None else PromptElsewhere(NodeId(holder), CHAT, body)
+    assert caches.told == [expected]
 
 
 async def test_through_two_nodes():

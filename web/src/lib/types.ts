@@ -136,8 +136,8 @@ export interface Status {
   engine_parts: { name: string; state: string; text: string; hint: string; percent: number | null }[];
   /** What does not work at present, each with a sentence that says what to do. */
   problems: { what: string; text: string }[];
-  /** What is saved of long prompts; null where nothing is. */
-  prompt_caches: { count: number; bytes: number; limit: number } | null;
+  /** What is saved of long prompts, and how many came from other nodes and went to them; null where nothing is saved. */
+  prompt_caches: { count: number; bytes: number; limit: number; moved_in: number; moved_out: number } | null;
 }
 
 export interface Notice {

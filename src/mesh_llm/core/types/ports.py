@@ -104,17 +104,37 @@ PromptEnded = Callable[[], None]
 """Called once when the answer to a prompt has ended, in whatever way."""
 
 
+class PromptElsewhere(NamedTuple):
+    """Another node that got more of a prompt than this one, and the request by which the prompt can be found there.
+
+    Attributes:
+        node: it has the prompt's cache, or had it.
+        path: of the request, as the engine gets it.
+        body: of the request, as the engine gets it.
+    """
+
+    node: NodeId
+    path: str
+    body: bytes
+
+
 class PromptCaches(Protocol):
-    """Brings back what was saved of a prompt before an engine of this node reads it."""
+    """Brings back what was saved of a prompt here, or on another node, before an engine of this node reads it."""
 
     def keeps(self, model: str, term: int) -> bool:
         """Whether the prompts of a launch here are saved at all."""
         ...
 
-    async def begin(self, model: str, term: int, prompt: Sequence[Mark]) -> PromptEnded:
+    async def begin(
+        self, model: str, term: int, prompt: Sequence[Mark], elsewhere: PromptElsewhere | None = None
+    ) -> PromptEnded:
         """A prompt is about to be sent to a launch here. Takes seconds at most, and never raises.
 
-        `prompt`: its beginnings, shortest first; empty where it is not one that could go on.
+        Args:
+            model: of the launch.
+            term: the launch's number.
+            prompt: its beginnings, shortest first; empty where it is not one that could go on.
+            elsewhere: a node that got more of it; None: none is known.
         """
         ...
 

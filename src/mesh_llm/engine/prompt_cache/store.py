@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,6 +93,16 @@ class PromptCacheStore:
     def has(self, identity: bytes) -> bool:
         """Whether anything is saved for this engine."""
         return any(entry.header.identity == identity for entry in list(self._entries))
+
+    def known_to(self, identity: bytes, knows: Callable[[bytes], bool]) -> Entry | None:
+        """The cache of this engine that has most of a prompt of which somebody knows these keys of marks."""
+        best: Entry | None = None
+        most = 0
+        for entry in list(self._entries):
+            if entry.header.identity == identity:
+                size = max((mark.size for mark in entry.header.marks if knows(mark.key)), default=0)
+                best, most = (entry, size) if size > most else (best, most)
+        return best
 
     def covers(self, identity: bytes, prompt: Sequence[Mark]) -> bool:
         """Whether a saved prompt is this one, or continues it: saving it would add nothing."""

@@ -7,7 +7,15 @@ from tests.support.gguf_writer import Tensor, Value, header, llama_metadata, lla
 
 from mesh_llm.core.placement.fit import cache_bytes, compute_bytes
 from mesh_llm.core.types.model import GGML_TYPES, ModelFacts, ModelKind
-from mesh_llm.models.gguf.facts import Shape, active_bytes, head_bytes, read_facts, split_part_name, weight_bits
+from mesh_llm.models.gguf.facts import (
+    CacheShape,
+    Shape,
+    active_bytes,
+    head_bytes,
+    read_facts,
+    split_part_name,
+    weight_bits,
+)
 from mesh_llm.models.gguf.header import GgufError, GgufHeader, TensorInfo, parse_header, read_header
 
 MIB = 1 << 20
@@ -49,6 +57,19 @@ def test_heads_of_their_own_length_and_per_layer() -> None:
     metadata = llama_metadata()
     del metadata["llama.attention.head_count_kv"]
     assert read_facts([parsed(metadata)], "m").kv_bytes_per_token == 4 * 4 * (64 + 64) * 2
+
+
+def test_only_an_ordinary_cache_is_plain() -> None:
+    def plain(**changes: object) -> CacheShape | None:
+        return Shape(parsed(llama_metadata(**changes))).plain_cache()  # pyright: ignore[reportArgumentType]
+
+    assert plain(kv_heads=[1, 2, 4, 1]) == CacheShape((1, 2, 4, 1), 64, 64)
+    assert plain(extra={"llama.attention.key_length": 128}) == CacheShape((2, 2, 2, 2), 128, 64)
+    assert plain(extra={"llama.attention.sliding_window": 512}) is None
+    assert plain(extra={"llama.attention.key_length_mla": 192}) is None
+    assert plain(kv_heads=[1, 0, 4, 1]) is None
+    metadata = {key.replace("llama.", "qwen2vl."): value for key, value in llama_metadata().items()}
+    assert Shape(parsed(metadata | {"general.architecture": "qwen2vl"})).plain_cache() is None
 
 
 def test_compressed_attention_keeps_one_row() -> None:
