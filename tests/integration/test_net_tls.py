@@ -17,7 +17,7 @@ from mesh_llm.core.types.ports import ByteStream, RequestStream
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.net.tls import listener
-from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER, MAX_DIALS_TO_PEER, TlsDialer, Transport
+from mesh_llm.net.tls.dialer import DIALS_AHEAD, MAX_CONNECTIONS_TO_PEER, MAX_DIALS_TO_PEER, TlsDialer, Transport
 from mesh_llm.net.tls.listener import make_identity
 from mesh_llm.net.tls.streams import TlsConnection, TlsStream
 from mesh_llm.wire.codec import encode
@@ -193,26 +193,26 @@ async def test_dials_that_fail_together_are_one_failure_and_after_it_one_dial_tr
         nodes.server.net.serve_http(echo)
         nodes.asker.net.tls_dialer._clock = lambda: now
 
-        async def ask(times: int) -> None:
-            for _ in range(times):
-                stream = await nodes.asker.net.open_http(nodes.target)
+        async def ask(at_once: int) -> None:
+            streams = [await nodes.asker.net.open_http(nodes.target) for _ in range(at_once)]
+            for stream in streams:
                 await stream.write(b"question")
                 await stream.finish()
                 assert await read_all(stream) == b"QUESTION"
 
-        await ask(2 * MAX_DIALS_TO_PEER)
-        for _ in range(MAX_DIALS_TO_PEER):
+        await ask(2 * DIALS_AHEAD)
+        for _ in range(DIALS_AHEAD):
             await dials.get()
         now = 1.0
         blocked.set()
         while nodes.asker.net.transport_of(nodes.server.net.node_id) == (Transport.QUIC, ""):
             await ask(1)
         blocked.clear()
-        # The first pause, not one that eight failures have doubled.
+        # The first pause, not one that several failures have doubled.
         now += 5.5
-        await ask(2 * MAX_DIALS_TO_PEER)
+        await ask(2 * DIALS_AHEAD)
         await dials.get()
-        await ask(MAX_DIALS_TO_PEER)
+        await ask(DIALS_AHEAD)
         assert dials.empty()
 
 

@@ -35,7 +35,7 @@ from mesh_llm.wire.mesh.transport import (
 MAX_CONNECTIONS_TO_PEER = 96
 MAX_DIALS_TO_PEER = 8
 """TLS handshakes with one peer at once: each takes some 2 ms of both nodes' event loops."""
-_DIALS_AHEAD = 4
+DIALS_AHEAD = 4
 """Of these, those for streams to come: requests that are answered meanwhile must not wait long."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before TCP is tried again after it failed; doubled by each failure in a row."""
@@ -183,7 +183,7 @@ class TlsDialer:
 
     def _may_dial_ahead(self, connection: PeerConnection, link: _Link) -> bool:
         return (
-            link.dialing < _DIALS_AHEAD
+            link.dialing < DIALS_AHEAD
             and len(link.open) + link.dialing < link.wanted
             and self._may_dial(connection, link)
         )

@@ -92,17 +92,16 @@ class PieceParser:
         self._missing = 0
         """Bytes of the present piece that have not come."""
 
-    def feed(self, data: bytes) -> list[bytes | Ending] | Malformed:
-        """What these bytes bring, in order; no event is empty."""
+    def feed(self, data: bytes | memoryview) -> list[bytes | Ending] | Malformed:
+        """What these bytes bring, in order; no event is empty. Of a memoryview the events are copies."""
         events: list[bytes | Ending] = []
         at, size = 0, len(data)
         while at < size:
             if self._missing:
                 end = min(size, at + self._missing)
-                part = data if at == 0 and end == size else data[at:end]
+                events.append(bytes(data[at:end]))
                 self._missing -= end - at
                 at = end
-                events.append(part)
                 continue
             end = min(size, at + LENGTH_BYTES - len(self._head))
             self._head += data[at:end]
