@@ -140,18 +140,21 @@ async def test_a_client_that_leaves_frees_its_slot(
             pass
 
 
-async def test_drafts_change_the_speed_and_not_the_words(
+async def test_guesses_change_the_speed_and_not_the_words(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
     plain = client_of(await started(supervisor, embedded, small_spec(model("small")), "plain"))
-    spec = small_spec(model("small"), draft=model("small-draft"), draft_max=6)
-    drafting = client_of(await started(supervisor, embedded, spec, "drafting"))
-    body = CHAT | {"max_tokens": 40}
-    expected = (await plain.post("/v1/chat/completions", body)).expect().json()
-    got = (await drafting.post("/v1/chat/completions", body)).expect().json()
-    assert got["choices"][0]["message"] == expected["choices"][0]["message"]
-    assert got["timings"]["draft_n"] > 0
-    assert got["timings"]["draft_n_accepted"] > 0
+    drafting = small_spec(model("small"), draft=model("small-draft"), draft_max=6)
+    repeating = small_spec(model("small"), speculation="ngram", draft_max=6)
+    same_word = {"max_tokens": 60, "logit_bias": {"40": 1e6}}
+    for name, spec, more in (("drafting", drafting, {"max_tokens": 40}), ("repeating", repeating, same_word)):
+        body = CHAT | more
+        expected = (await plain.post("/v1/chat/completions", body)).expect().json()
+        client = client_of(await started(supervisor, embedded, spec, name))
+        got = (await client.post("/v1/chat/completions", body)).expect().json()
+        assert got["choices"][0]["message"] == expected["choices"][0]["message"]
+        assert got["timings"]["draft_n"] > 0
+        assert got["timings"]["draft_n_accepted"] > 0, name
 
 
 async def test_more_requests_than_slots_all_come_through(

@@ -19,7 +19,8 @@ _MODEL_EXAMPLE = """
 # ctx-size = 16384              # as the options above, for this model only:
 # parallel = 2                  # parallel, cache-type, gpu-layers, cpu-moe, draft, draft-max
 # mmproj = false                # without its vision projector
-# speculation = "ngram-mod"     # off, draft, ngram-simple, ngram-map-k, ngram-map-k4v, ngram-mod, ngram-cache
+# speculation = "ngram"         # auto, draft, ngram, mtp, eagle3, off; or llama.cpp's own ngram-simple, ngram-map-k,
+#                               # ngram-map-k4v, ngram-mod, ngram-cache
 # temperature = 0.7             # defaults for requests that do not name them:
 # top-p = 0.9                   # top-p, top-k, min-p, repeat-penalty, presence-penalty, frequency-penalty,
 # max-tokens = 4096             # seed, max-tokens

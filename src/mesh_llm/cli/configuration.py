@@ -35,8 +35,9 @@ _ADDED = frozenset({"api-key", "join"})
 """Their variables add to what the other sources have, and `cli.settings` reads them."""
 
 _GIVES_WAY = (
-    ("no-draft", ("draft",)),
-    ("draft", ("no-draft",)),
+    ("no-draft", ("draft", "spec")),
+    ("draft", ("no-draft", "spec")),
+    ("spec", ("draft", "no-draft")),
     ("join", ("auto",)),
     ("join-file", ("auto",)),
     ("auto", ("join", "join-file")),

@@ -165,10 +165,15 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--prompt-cache", default="4GB", show_default=True, metavar="SIZE|off",
                 help="Keep the caches of long prompts on the disk, encrypted, up to this size: a conversation goes on "
                 "at once after a restart."),
+        _option("--spec", type=click.Choice(["auto", "draft", "ngram", "mtp", "eagle3", "off"]), default="auto",
+                show_default=True,
+                help="How tokens are guessed ahead: draft: by a draft model; ngram: by what followed the same words "
+                "before; mtp: by the model's own heads; eagle3: by the EAGLE-3 draft that --draft names; off: not at "
+                "all; auto: by a draft model that fits, if there is one."),
         _option("--draft", metavar="PATH|NAME", help="Draft model for speculative decoding."),
         _option("--draft-max", type=click.IntRange(1, 64), default=16, show_default=True, metavar="N",
                 help="Most tokens drafted at a time."),
-        _option("--no-draft", is_flag=True, help="Never use a draft model."),
+        _option("--no-draft", is_flag=True, help="Never use a draft model, unless the settings of a model name one."),
         _option("--no-mmproj", is_flag=True, help="Serve models without their vision projectors."),
     ),
     "Mesh": (

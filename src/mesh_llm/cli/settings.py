@@ -16,6 +16,7 @@ from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, ListingPolicy
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import MAX_SPLIT_NODES, LaunchOptions
+from mesh_llm.core.types.model_settings import AUTO, EngineOptions, takes_draft
 from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
 from mesh_llm.discovery.nostr import parse_relay_urls
 from mesh_llm.runtime.home import Home, expand
@@ -51,6 +52,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
     """Turn parsed options into settings. Raises MeshError where a value is wrong, or options contradict each other."""
     if options["draft"] and options["no_draft"]:
         raise _refused("--draft and --no-draft contradict each other.", "Leave one of them out.")
+    speculation = _speculation(options)
     if options["client"]:
         _check_client(options)
     key_files = (f"@{file}" for file in options["api_key_files"])
@@ -93,12 +95,13 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
             slots=options["parallel"],
             draft=options["draft"],
             draft_max=options["draft_max"],
-            use_draft=not options["no_draft"],
+            use_draft=takes_draft(speculation) and not options["no_draft"],
             use_projector=not options["no_mmproj"],
             cache_type=options["cache_type"],
             gpu_layers=options["gpu_layers"],
             cpu_moe=options["cpu_moe"],
             most_slots=most_slots(use),
+            engine=EngineOptions(speculation=speculation),
         ),
         split=SplitOptions(
             asked=options["split"],
@@ -136,6 +139,18 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         invite_scope=options["invite_scope"] or "split",
         prompt_cache_bytes=read_cache_size(options["prompt_cache"]),
     )
+
+
+def _speculation(options: Mapping[str, Any]) -> str:
+    """The kind of speculation that `--spec` names; empty for `auto`. Raises MeshError."""
+    kind: str = options["spec"]
+    if options["draft"] and not takes_draft(kind):
+        raise _refused(f"--draft and --spec {kind} contradict each other.", "Leave one of them out.")
+    if options["no_draft"] and kind != AUTO and takes_draft(kind):
+        raise _refused(f"--no-draft and --spec {kind} contradict each other.", "Leave one of them out.")
+    if kind == "eagle3" and not options["draft"]:
+        raise _refused("--spec eagle3 needs the draft that was made for the model.", "Add --draft FILE.")
+    return "" if kind == AUTO else kind
 
 
 def _check_client(options: dict[str, Any]) -> None:

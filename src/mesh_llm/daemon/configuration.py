@@ -34,6 +34,7 @@ LIVE_OPTIONS = frozenset(
         "log-level",
         "no-draft",
         "parallel",
+        "spec",
     )
 )
 """Options that change while a node runs. All others take effect at its next start."""

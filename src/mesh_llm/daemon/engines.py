@@ -13,14 +13,16 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import ModelFacts, ModelKind
+from mesh_llm.core.types.model_settings import DRAFT_KINDS
 from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.prompt_cache import SlotCaches
 from mesh_llm.daemon.split_host import HostSession, SplitHostService, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.sources import EngineSource
-from mesh_llm.engine.spec import CPU_DEVICE, EngineSpec
+from mesh_llm.engine.spec import CPU_DEVICE, NGRAM, EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor
+from mesh_llm.models.library.draft import has_own_heads
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 
@@ -304,12 +306,13 @@ class Engines:
             raise _gone(plan.model)
         batch = batch_tokens(model.facts, plan.context)
         offload, chosen = plan.offload, options.engine
+        draft = self._draft(effect, model)
         return EngineSpec(
             model=model.path,
             alias=plan.model,
             context=plan.context,
             slots=plan.slots,
-            draft=self._draft(effect, model),
+            draft=draft,
             draft_max=options.draft_max,
             devices=(CPU_DEVICE,) if offload is not None and not offload.gpu_layers else self._machine.devices,
             # llama.cpp counts the output layer as the last one.
@@ -318,7 +321,7 @@ class Engines:
             cache_type=plan.cache_type,
             mmproj=model.projector if options.use_projector else None,
             sampling=chosen.sampling,
-            speculation=chosen.speculation if chosen.speculation.startswith("ngram-") else "",
+            speculation=self._speculation(chosen.speculation, draft, model),
             chat_template=chosen.chat_template,
             reasoning_budget=chosen.reasoning_budget,
             environment=chosen.environment,
@@ -340,6 +343,23 @@ class Engines:
             return Path(self._machine.registry.with_draft(effect.options, model).draft or path)
         draft = self._machine.registry.find(effect.plan.draft) if effect.plan.draft is not None else None
         return draft.path if draft is not None else None
+
+    def _speculation(self, chosen: str, draft: Path | None, model: LocalModel) -> str:
+        """The kind of guesses, for EngineSpec. Raises MeshError `no_own_heads`."""
+        if draft is not None:
+            found = self._machine.registry.find(ModelName(draft.stem))
+            architecture = chosen if found is None else found.facts.architecture
+            return DRAFT_KINDS.get(architecture, "")
+        if chosen == "mtp":
+            if has_own_heads(model.path):
+                return "draft-mtp"
+            raise MeshError(
+                code="no_own_heads",
+                message=f"{model.name} has no heads of its own that guess tokens ahead (MTP).",
+                hint='Use --spec auto, or speculation = "ngram" in the settings of this model.',
+                status=400,
+            )
+        return chosen if chosen.startswith(NGRAM) else ""
 
 
 def _failed(reason: str) -> Exit:

@@ -22,6 +22,17 @@ NO_PROGRAMS = "/dev/null"
 It runs them on what it cannot read as a picture, and they open the addresses in a playlist.
 """
 
+NGRAM = "ngram"
+"""Guesses from the text so far: llama.cpp's `ngram-map-k`, with sizes of this project.
+
+It looks for the last `NGRAM_KEY` tokens in the text so far and guesses those that followed; it remembers how many of
+them were right, and guesses no more the next time.
+"""
+
+NGRAM_TYPE = "ngram-map-k"
+NGRAM_KEY = 8
+"""Tokens that must have been seen before. llama.cpp's own 12 begins later; with fewer, guesses are often wrong."""
+
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 """KV cache element types that llama.cpp takes (`--cache-type-k`)."""
 
@@ -70,7 +81,9 @@ class EngineSpec(_Spec):
         micro_batch: tokens computed at once; bounds the compute buffers, and the length of an embedding's input.
         prompt_cache_mib: memory for the prompts of slots that now serve other requests, MiB.
         sampling: defaults of requests.
-        speculation: guesses without a draft model: one of `ngram-...`; empty for none.
+        speculation: the kind of guesses, as llama.cpp names it: `draft-simple` (also where it is empty and there is a
+            draft), `draft-eagle3`, `draft-dflash`, `draft-mtp` (the model's own heads if there is no draft),
+            `ngram-...`; or NGRAM. Empty without a draft: none.
         chat_template: in Jinja, or the name of a built-in one; empty for the model's own.
         reasoning_budget: most tokens of reasoning; None for the engine's default.
         environment: variables of the process.
@@ -144,6 +157,13 @@ class EngineSpec(_Spec):
     def uses_cpu_only(self) -> bool:
         """Whether only the processor computes on this machine."""
         return self.devices == (CPU_DEVICE,)
+
+    @property
+    def speculation_type(self) -> str:
+        """llama.cpp's `--spec-type`; empty for none."""
+        if self.draft is not None and not self.speculation.startswith("draft-"):
+            return "draft-simple"
+        return NGRAM_TYPE if self.speculation == NGRAM else self.speculation
 
     @property
     def output_device(self) -> str:

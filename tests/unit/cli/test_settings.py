@@ -22,6 +22,7 @@ from mesh_llm.cli.settings import (
 from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.daemon.settings import DiscoverySettings
 from mesh_llm.discovery.nostr import DEFAULT_RELAYS, MOST_RELAYS, parse_relay_urls
 
@@ -103,6 +104,49 @@ def test_the_consoles_port_may_be_left_out(words: tuple[str, ...], port: int) ->
 @pytest.mark.parametrize("option", ["--quic-port", "--bind-port"])
 def test_the_meshs_port_has_two_names(option: str) -> None:
     assert to_settings(parse(option, "4444")).quic_port == 4444
+
+
+@pytest.mark.parametrize(
+    ("words", "speculation", "use_draft"),
+    [
+        ((), "", True),
+        (("--spec", "auto", "--no-draft"), "", False),
+        (("--spec", "draft"), "draft", True),
+        (("--spec", "eagle3", "--draft", "d"), "eagle3", True),
+        (("--spec", "ngram"), "ngram", False),
+        (("--spec", "mtp", "--no-draft"), "mtp", False),
+        (("--spec", "off"), "off", False),
+    ],
+)
+def test_kinds_of_speculation(words: tuple[str, ...], speculation: str, use_draft: bool) -> None:
+    launch = to_settings(parse(*words)).launch
+    assert (launch.engine.speculation, launch.use_draft) == (speculation, use_draft)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--spec", "ngram", "--draft", "d"),
+        ("--spec", "off", "--draft", "d"),
+        ("--spec", "draft", "--no-draft"),
+        ("--spec", "eagle3"),
+    ],
+)
+def test_contradicting_kinds_of_speculation(words: tuple[str, ...]) -> None:
+    with pytest.raises(MeshError, match="--spec"):
+        to_settings(parse(*words))
+
+
+def test_a_models_speculation_comes_before_the_nodes() -> None:
+    launch = to_settings(parse("--spec", "ngram")).launch
+    assert launch.adapted(ModelSettings(top_k=3)).engine.speculation == "ngram"
+    for settings, expected in (
+        (ModelSettings(speculation="off"), ("off", False)),
+        (ModelSettings(speculation="auto"), ("", True)),
+        (ModelSettings(draft="d"), ("", True)),
+    ):
+        own = launch.adapted(settings)
+        assert (own.engine.speculation, own.use_draft) == expected
 
 
 def test_drafting_and_not_drafting_contradict() -> None:

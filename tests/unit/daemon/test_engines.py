@@ -13,6 +13,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelKind
+from mesh_llm.core.types.model_settings import EngineOptions
 from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.model_registry import Machine, ModelRegistry
@@ -286,6 +287,34 @@ async def test_what_is_run(
     assert (spec.draft, spec.draft_max, spec.pooling) == (draft, 7, pooling)
     assert spec.mmproj == (Path("/models/mmproj.gguf") if model == "m" else None)
     assert spec.model == Path("/models/m-1.gguf" if model == "m" else f"/models/{model}.gguf")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found", "draft", "expected"),
+    [
+        ("", "tiny-draft", None, "draft-simple"),
+        ("draft", "tiny-draft", None, "draft-simple"),
+        ("eagle3", None, "/d.gguf", "draft-eagle3"),
+        ("eagle3", None, None, ""),
+        ("draft", None, "/d.gguf", "draft-simple"),
+        ("ngram", None, None, "ngram-map-k"),
+        ("ngram-mod", None, None, "ngram-mod"),
+        ("off", None, None, ""),
+        ("", None, None, ""),
+    ],
+)
+async def test_how_tokens_are_guessed(chosen: str, found: str | None, draft: str | None, expected: str) -> None:
+    world = World()
+    options = LaunchOptions(draft=draft, engine=EngineOptions(speculation=chosen))
+    planned = msgspec.structs.replace(plan("tiny"), draft=found)
+    assert world.engines.spec(StartEngine(plan=planned, options=options, term=Term(1))).speculation_type == expected
+
+
+async def test_a_model_without_heads_of_its_own_cannot_guess_by_them() -> None:
+    world = World()
+    options = LaunchOptions(engine=EngineOptions(speculation="mtp"))
+    with pytest.raises(MeshError, match="no heads of its own"):
+        world.engines.spec(StartEngine(plan=plan("tiny"), options=options, term=Term(1)))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ export const GROUPS: Group[] = [
       { key: "cache-type", label: "KV cache", kind: "choice", choices: ["auto", "f16", "q8_0", "q4_0"] },
       { key: "gpu-layers", label: "Layers on the GPU", kind: "text", hint: "A number, or auto" },
       { key: "cpu-moe", label: "Layers whose experts are in main memory", kind: "text", hint: "A number, or auto" },
-      { key: "speculation", label: "Speculation", kind: "choice", choices: ["off", "draft", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"] },
+      { key: "speculation", label: "Speculation", kind: "choice", choices: ["auto", "draft", "ngram", "mtp", "eagle3", "off", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"] },
       { key: "draft", label: "Draft model", kind: "text" },
       number("draft-max", "Tokens guessed at a time", 1, 1, 64),
       { key: "mmproj", label: "Vision projector", kind: "choice", choices: ["true", "false"] },

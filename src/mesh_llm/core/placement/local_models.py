@@ -222,7 +222,7 @@ class LocalModels:
 
     def found_draft(self, model: ModelName, options: LaunchOptions) -> ModelFacts | None:
         """The draft that was found for a model, if the user named none and wants one."""
-        if options.draft is not None or not options.use_draft:
+        if options.draft is not None or not options.use_draft or options.engine.speculation == "eagle3":
             return None
         return self._facts(ModelName(self._draft_of.get(model, "")))
 

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model_settings import EngineOptions, ModelSettings
+from mesh_llm.core.types.model_settings import EngineOptions, ModelSettings, takes_draft
 
 LATER = msgspec.Meta(extra={"later": True})
 """Marks fields at the end of a struct that earlier versions do not know: at their defaults they do not travel."""
@@ -341,7 +341,7 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
         slots: parallel requests (`--parallel`).
         draft: path of a draft model, or None (`--draft`).
         draft_max: most tokens drafted at once (`--draft-max`).
-        use_draft: False with `--no-draft`.
+        use_draft: False with `--no-draft`, and where `--spec` names a kind of speculation without a draft.
         cache_type: KV cache element type, as in `f16` or `q8_0` (`--cache-type`); AUTO_CACHE: f16 where the wanted
             context fits, else q8_0, else q4_0.
         gpu_layers: layers on the GPU, counted from the last, on a node with one; more than there are: all
@@ -366,8 +366,10 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def adapted(self, settings: ModelSettings) -> "LaunchOptions":
         """These options with the settings of one model in their place."""
-        speculation = settings.speculation
-        use_draft = self.use_draft if speculation is None else speculation == "draft"
+        engine, speculation = settings.engine, settings.speculation
+        use_draft = self.use_draft if speculation is None else takes_draft(speculation)
+        if speculation is None and settings.draft is None:
+            engine = msgspec.structs.replace(engine, speculation=self.engine.speculation)
         return LaunchOptions(
             context=settings.ctx_size or self.context,
             slots=settings.parallel or self.slots,
@@ -379,7 +381,7 @@ class LaunchOptions(msgspec.Struct, frozen=True, kw_only=True):
             cpu_moe=_chosen(settings.cpu_moe, self.cpu_moe),
             use_projector=self.use_projector if settings.mmproj is None else settings.mmproj,
             most_slots=self.most_slots,
-            engine=settings.engine,
+            engine=engine,
         )
 
     @property

@@ -16,9 +16,26 @@ _SECONDS = Meta(ge=0.0, le=10 * 365 * 86400.0)
 _NAME = Meta(min_length=1, max_length=200)
 
 Speculation: TypeAlias = Literal[
-    "off", "draft", "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"
-]
-"""How an engine may guess tokens ahead. Source: llama.cpp, common/speculative.cpp, `--spec-type`."""
+    "auto", "off", "draft", "ngram", "mtp", "eagle3",
+    "ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache",
+]  # fmt: skip
+"""How an engine may guess tokens ahead. Source: llama.cpp, common/speculative.cpp, `--spec-type`.
+
+`auto`: chosen for each model. `draft`: by a draft model. `ngram`: by what followed the same tokens before, with
+sizes that this project chose; the longer names are llama.cpp's variants as they are there. `mtp`: by the model's own
+heads. `eagle3`: by a draft that reads the model's hidden states, which the user names.
+"""
+
+AUTO = "auto"
+DRAFT_KINDS = {"eagle3": "draft-eagle3", "dflash": "draft-dflash", "gemma4-assistant": "draft-mtp"}
+"""The kind of speculation of drafts that are made for one model, by `general.architecture`."""
+
+_WITH_DRAFT = frozenset({"", AUTO, "draft", "eagle3"})
+
+
+def takes_draft(speculation: str) -> bool:
+    """Whether this kind of speculation uses a draft model, if there is one."""
+    return speculation in _WITH_DRAFT
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +57,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         sampling: defaults of requests.
-        speculation: a Speculation; empty: a draft model if there is one.
+        speculation: a Speculation; empty: as `auto`.
         chat_template: a template in Jinja, or the name of a built-in one; empty: the model's own.
         reasoning_budget: most tokens of reasoning; 0: none, -1: no limit, None: the engine's default.
         environment: variables of the engine's process, by name. Checked by `engine.arguments`.
@@ -126,7 +143,7 @@ class ModelSettings(
                 seed=self.seed,
                 max_tokens=self.max_tokens,
             ),
-            speculation=self.speculation or "",
+            speculation="" if self.speculation is None or self.speculation == AUTO else self.speculation,
             chat_template=self.chat_template or "",
             reasoning_budget=self.reasoning_budget,
             environment=tuple(sorted(self.environment.items())),

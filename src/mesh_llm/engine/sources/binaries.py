@@ -21,6 +21,8 @@ from mesh_llm.engine.process import Command, run
 from mesh_llm.engine.spec import (
     CPU_DEVICE,
     LOOPBACK,
+    NGRAM,
+    NGRAM_KEY,
     NO_PROGRAMS,
     DeviceInfo,
     DeviceKind,
@@ -308,9 +310,11 @@ def _draft(spec: EngineSpec, known: frozenset[str]) -> list[str]:
     if spec.draft is None:
         return []
     if "--spec-type" in known:
-        arguments = ["--model-draft", str(spec.draft), "--spec-type", "draft-simple"]
+        arguments = ["--model-draft", str(spec.draft), "--spec-type", spec.speculation_type]
         arguments += ["--spec-draft-n-max", str(spec.draft_max)]
     else:
+        if spec.speculation_type != "draft-simple":
+            _require(known, "--spec-type", f"speculation by {spec.speculation_type}")
         _require(known, "--model-draft", "speculative decoding")
         arguments = ["--model-draft", str(spec.draft), "--draft-max", str(spec.draft_max)]
     if spec.rpc or spec.uses_cpu_only:
@@ -361,7 +365,12 @@ def _chosen(spec: EngineSpec, known: frozenset[str]) -> list[str]:
     if spec.reasoning_budget is not None:
         words.append(("--reasoning-budget", str(spec.reasoning_budget)))
     if spec.speculation and spec.draft is None:
-        words.append(("--spec-type", spec.speculation))
+        words.append(("--spec-type", spec.speculation_type))
+        if spec.speculation == NGRAM:
+            words.append(("--spec-ngram-map-k-size-n", str(NGRAM_KEY)))
+            words.append(("--spec-ngram-map-k-size-m", str(spec.draft_max)))
+        elif spec.speculation.startswith("draft-"):
+            words.append(("--spec-draft-n-max", str(spec.draft_max)))
     words += [(argument.flag, text) for argument, text in read_arguments(spec.more)]
     for flag, _ in words:
         _require(known, flag, "a setting of the model")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import ModelKind
+from mesh_llm.core.types.model_settings import DRAFT_KINDS
 from mesh_llm.models.gguf.header import GgufArray, GgufError, GgufHeader, ValueType, read_header
 from mesh_llm.models.library.files import FileStamp
 from mesh_llm.models.library.library import Library, LocalModel
@@ -156,6 +157,15 @@ def find_draft(model: LocalModel, library: Library, pairs: Mapping[str, str] = B
     return DraftChoice(None, refused or f"there is no small model with the vocabulary of {model.name}")
 
 
+def has_own_heads(path: Path) -> bool:
+    """Whether the (first) file of a model has heads of its own that guess tokens ahead (MTP). Blocks."""
+    try:
+        header = read_header(path)
+    except (GgufError, OSError):
+        return False
+    return bool(header.integer(f"{header.text('general.architecture')}.nextn_predict_layers"))
+
+
 def require_draft(model: LocalModel, draft: LocalModel) -> None:
     """Check the draft that the user chose. Raises MeshError `draft_mismatch`."""
     try:
@@ -186,6 +196,9 @@ def _candidates(model: LocalModel, library: Library, paired: LocalModel | None) 
     for group in (library.drafts.values(), smaller):
         for other in sorted(group, key=lambda candidate: candidate.facts.size_bytes):
             small = other.facts.size_bytes * _LEAST_RATIO <= model.facts.size_bytes
+            if other.facts.architecture in DRAFT_KINDS:
+                # It reads the hidden states of one model, and the headers do not say of which.
+                continue
             if other is not paired and small and other.facts.size_bytes <= _MOST_BYTES:
                 yield other
 

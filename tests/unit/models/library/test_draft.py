@@ -1,10 +1,13 @@
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.support.gguf_writer import Value, llama_metadata, llama_tensors, write
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import ModelName
 from mesh_llm.models.library.draft import difference, find_draft, read_vocabulary, require_draft
 from mesh_llm.models.library.library import Library, LocalModel, scan
 
@@ -96,6 +99,16 @@ def test_a_pair_comes_first_then_drafts_then_small_models(tmp_path: Path) -> Non
     choice = find_draft(big, found, {"big": "stranger"})
     assert choice.draft is not None
     assert choice.draft.name == "some-draft"
+
+
+def test_a_draft_that_was_made_for_one_model_is_not_chosen_by_its_vocabulary(tmp_path: Path) -> None:
+    model(tmp_path / "big.gguf", width=1024, layers=2)
+    model(tmp_path / "small.gguf", width=96)
+    found, big = library(tmp_path)
+    made = replace(found.models[ModelName("small")], facts=msgspec.structs.replace(
+        found.models[ModelName("small")].facts, architecture="eagle3"))  # fmt: skip
+    assert find_draft(big, replace(found, models={big.name: big}, drafts={made.name: made})).draft is None
+    assert find_draft(big, replace(found, drafts={made.name: made}), {"big": "small"}).draft is not None
 
 
 def test_none_is_found_with_a_reason(tmp_path: Path) -> None:

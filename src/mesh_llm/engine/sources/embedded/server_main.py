@@ -17,7 +17,7 @@ from mesh_llm.engine.slots import SlotError, SlotListener
 from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
 from mesh_llm.engine.sources.embedded.slot_library import EngineSlots
-from mesh_llm.engine.spec import LOOPBACK, NO_PROGRAMS, EngineSpec, experts_override, output_override
+from mesh_llm.engine.spec import LOOPBACK, NGRAM, NGRAM_KEY, NO_PROGRAMS, EngineSpec, experts_override, output_override
 
 SLOTS = "--slots"
 """Before the library that reaches the slots."""
@@ -141,11 +141,8 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
     if spec.mmproj is not None:
         params.mmproj.path = str(spec.mmproj)
         params.video_ffmpeg_bin_dir = NO_PROGRAMS
-    if spec.draft is not None:
-        _speculate(params, spec, spec.draft)
-    elif spec.speculation:
-        name = f"COMMON_SPECULATIVE_TYPE_{spec.speculation.replace('-', '_').upper()}"
-        params.speculative.types = [getattr(wheel().common_speculative_type, name)]
+    if spec.speculation_type:
+        _speculate(params, spec)
     _choose(params, spec)
     return params
 
@@ -194,11 +191,17 @@ def _layers(spec: EngineSpec) -> int:
     return 0 if spec.uses_cpu_only and not spec.rpc else _ALL_LAYERS
 
 
-def _speculate(params: Any, spec: EngineSpec, draft: Path) -> None:
+def _speculate(params: Any, spec: EngineSpec) -> None:
     speculative = params.speculative
-    speculative.types = [wheel().common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-    speculative.draft.mparams.path = str(draft)
+    name = f"COMMON_SPECULATIVE_TYPE_{spec.speculation_type.replace('-', '_').upper()}"
+    speculative.types = [getattr(wheel().common_speculative_type, name)]
     speculative.draft.n_max = spec.draft_max
+    if spec.speculation == NGRAM:
+        speculative.ngram_map_k.size_n = NGRAM_KEY
+        speculative.ngram_map_k.size_m = spec.draft_max
+    if spec.draft is None:
+        return
+    speculative.draft.mparams.path = str(spec.draft)
     if spec.rpc or spec.uses_cpu_only:
         # The draft runs on the host: guesses must not cross the network.
         speculative.draft.n_gpu_layers = 0

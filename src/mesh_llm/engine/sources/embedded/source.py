@@ -97,7 +97,8 @@ class EmbeddedSource:
             spec = replace(spec, rpc=endpoints)
         load = () if spec.uses_cpu_only else await self._load()
         library = None
-        if spec.slot_socket is not None and not spec.rpc and spec.draft is None and not _is_prebuilt(load):
+        drafting = spec.speculation_type.startswith("draft-")
+        if spec.slot_socket is not None and not spec.rpc and not drafting and not _is_prebuilt(load):
             # The state of a draft, or of layers on other machines, is not in what the server saves.
             library = await asyncio.to_thread(slot_library.find, self._policy.cache)
         if library is None:
