@@ -8,7 +8,9 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from mesh_llm.core import node
 from mesh_llm.core.config import MembershipConfig, Timings
+from mesh_llm.core.types.effects import AnyEffect
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.simulation import Report, Scenario, run
 from mesh_llm.simulation.node_adapters import NodeAdapter, model_name
@@ -28,6 +30,40 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert msgspec.json.encode(run(scenario)) == msgspec.json.encode(run(scenario))
     other = run(msgspec.structs.replace(scenario, seed=2))
     assert other.events != run(scenario).events
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_decisions_are_the_same_if_each_message_lets_all_be_evaluated(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario = Scenario(
+        nodes=8,
+        models=3,
+        standby=3,
+        seed=seed,
+        duration=40.0,
+        loss=0.05,
+        load_every=5.0,
+        crash_at=10.0,
+        crash=0.3,
+        restart_after=10.0,
+    )
+    evaluated: list[int] = []
+    settle = node.Node._settle
+
+    def counted(self: node.Node, now: float) -> list[AnyEffect]:
+        evaluated[-1] += 1
+        return settle(self, now)
+
+    def report() -> bytes:
+        evaluated.append(0)
+        return msgspec.json.encode(run(scenario))
+
+    monkeypatch.setattr(node.Node, "_settle", counted)
+    seldom = report()
+    monkeypatch.setattr(node, "_OFTEN_NO_NEWS", ())
+    assert seldom == report()
+    assert evaluated[0] < evaluated[1] / 2
 
 
 @pytest.mark.slow

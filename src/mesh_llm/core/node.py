@@ -108,6 +108,10 @@ class Peers(Protocol):
         ...
 
 
+_OFTEN_NO_NEWS = (MessageReceived, Tick)
+"""Events after which nothing is evaluated unless the members changed or a time has come: most gossip brings no news."""
+
+
 class Node:
     """One node: only `handle` mutates, `deadline` says when a Tick is due. Same seed and events, same effects."""
 
@@ -138,6 +142,9 @@ class Node:
         self._stop_by: float | None = None
         self._drain_until = float("-inf")
         self._finished = False
+        self._settled = True
+        """Decisions were evaluated since their deadline was computed: nothing else moves it."""
+        self._decides_at: float | None = None
 
     # What happens.
 
@@ -146,7 +153,11 @@ class Node:
         if self._finished:
             return []
         effects = self._apply(event, now)
+        quiet = isinstance(event, _OFTEN_NO_NEWS) and not self._changed
+        if quiet and not _due(_earliest(self._cache.deadline(), self._own_deadline()), now):
+            return effects
         effects += self._settle(now)
+        self._settled = True
         return effects
 
     def _apply(self, event: AnyEvent, now: float) -> list[AnyEffect]:  # noqa: C901, PLR0911, PLR0912 - flat
@@ -358,21 +369,25 @@ class Node:
         """When a Tick is due; None: only an event changes anything. May lie in the past."""
         if self._finished:
             return None
-        times = [
-            self._models.launches.deadline(),
-            self._routes.deadline(),
-            self._throttle.deadline(),
-            *(() if self._yielding.reason or self.stopping else self._placement.deadlines()),
-            self._split.group.deadline(),
-            self._yielding.deadline() if not self.stopping else None,
-            self._listing.deadline(),
-            self._cache.deadline(),
-            self._on_demand.deadline() if not self.stopping else None,
-            self._stop_deadline(),
-        ]
-        if self._peers is not None:
-            times.append(self._peers.deadline())
-        return min((time for time in times if time is not None), default=None)
+        peers = self._peers.deadline() if self._peers is not None else None
+        return _earliest(self._own_deadline(), self._cache.deadline(), peers)
+
+    def _own_deadline(self) -> float | None:
+        """When something is to be decided though neither the members nor anything else changes."""
+        if self._settled:
+            self._settled = False
+            self._decides_at = _earliest(
+                self._models.launches.deadline(),
+                self._routes.deadline(),
+                self._throttle.deadline(),
+                *(() if self._yielding.reason or self.stopping else self._placement.deadlines()),
+                self._split.group.deadline(),
+                self._yielding.deadline() if not self.stopping else None,
+                self._listing.deadline(),
+                self._on_demand.deadline() if not self.stopping else None,
+                self._stop_deadline(),
+            )
+        return self._decides_at
 
     def _stop_deadline(self) -> float | None:
         if self._stop_by is None:
@@ -575,6 +590,10 @@ class MemberCache:
         )
         self.names = names
         return True
+
+
+def _earliest(*times: float | None) -> float | None:
+    return min((time for time in times if time is not None), default=None)
 
 
 def _due(deadline: float | None, now: float) -> bool:

@@ -30,7 +30,6 @@ from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.load_asks import LoadAsks
 from mesh_llm.daemon.published_state import PublishedState
 from mesh_llm.net.mesh import MeshNet
-from mesh_llm.runtime.supervision import wait_for_event
 from mesh_llm.wire.mesh.frames import CloseCode
 
 _log = structlog.get_logger(__name__)
@@ -96,7 +95,15 @@ class Driver:
     async def _wait(self) -> None:
         self._arrived.clear()
         deadline = self._next()
-        await wait_for_event(self._arrived, None if deadline is None else max(0.0, deadline - self._clock()))
+        if deadline is None:
+            await self._arrived.wait()
+            return
+        # Not by `asyncio.timeout`, which costs more than most events.
+        alarm = asyncio.get_running_loop().call_later(max(0.0, deadline - self._clock()), self._arrived.set)
+        try:
+            await self._arrived.wait()
+        finally:
+            alarm.cancel()
 
     def _handle(self, event: AnyEvent) -> None:
         now = self._clock()

@@ -22,7 +22,7 @@ from mesh_llm.engine.sources.embedded.plugin import RPC
 from mesh_llm.engine.sources.embedded.slot_library import SLOTS
 from mesh_llm.engine.spec import EngineInfo, EnginePart, PartState
 from mesh_llm.models.library.library import builtin_path
-from mesh_llm.models.library.watch import WATCH_STEP_MS
+from mesh_llm.models.library.watch import NO_TIMEOUT, WATCH_STEP_MS
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import current_supervision
 
@@ -194,7 +194,12 @@ class EngineSetup:
                 if places:
                     stop = self._suspected
                     async for _ in awatch(
-                        *places, watch_filter=is_manifest, step=WATCH_STEP_MS, poll_delay_ms=_POLL_MS, stop_event=stop
+                        *places,
+                        watch_filter=is_manifest,
+                        step=WATCH_STEP_MS,
+                        rust_timeout=NO_TIMEOUT,
+                        poll_delay_ms=_POLL_MS,
+                        stop_event=stop,
                     ):
                         return
                 await self._suspected.wait()

@@ -101,13 +101,15 @@ class EventAdapter:
             text = f"Two machines use the key of one node ({node[:10]}), at {where}: a home was copied. {fix}"
         self._warn("duplicate_identity", text, node, serious=True)
 
-    def path_sampled(self, connection: PeerConnection, path: PathSample) -> None:
-        """A peer's path was sampled; reported when it changed noticeably."""
+    def path_sampled(self, connection: PeerConnection, path: PathSample) -> bool:
+        """A peer's path was sampled; reported when it changed noticeably. Returns whether it did."""
         node = connection.peer.node
         reported = self._paths.get(node)
-        if reported is not None and changed_noticeably(reported, path):
-            self._paths[node] = path
-            self._on_event(PathChanged(node=node, rtt_ms=path.rtt_ms, relayed=path.relayed))
+        if reported is None or not changed_noticeably(reported, path):
+            return False
+        self._paths[node] = path
+        self._on_event(PathChanged(node=node, rtt_ms=path.rtt_ms, relayed=path.relayed))
+        return True
 
     def addresses_changed(self, reachable: Reachable) -> None:
         """This node's addresses or its certificate changed: the core announces itself again."""

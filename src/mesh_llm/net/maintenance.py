@@ -35,8 +35,8 @@ _SOON = 1 / 6
 """The user is warned when this part of a certificate's life is left: 15 days; of a client's, 28 hours."""
 _HOUSEKEEPING_SECONDS = 15.0
 _LEAST_PAUSE = 0.05
-_SETTLED, _QUIET = 15, 4
-"""A path is sampled in each period until its connection has been quiet for `_SETTLED` of them; then in every fourth."""
+_STEADY, _SELDOM = 15, 4
+"""A path is sampled in each period until it has not changed noticeably for `_STEADY` of them; then in every fourth."""
 
 _log = structlog.get_logger(__name__)
 
@@ -411,20 +411,17 @@ class Maintenance:
         self._end_expired()
         now = time.monotonic()
         for connection in self._connections:
-            sample = connection.sample() if self._is_due(connection, now) else None
-            if sample is not None:
-                connection.sampled = now
-                self._events.path_sampled(connection, sample)
+            if now < connection.sample_at:
+                continue
+            sample = connection.sample()
+            if sample is None or self._events.path_sampled(connection, sample):
+                connection.steady_since = now
+            steady = now - connection.steady_since > _STEADY * self._limits.sample_period
+            connection.sample_at = now + _SELDOM * self._limits.sample_period if steady else 0.0
         reachable = self._connections.endpoint.reachable()
         if reachable != self._reachable:
             self._reachable = reachable
             self._events.addresses_changed(reachable)
-
-    def _is_due(self, connection: PeerConnection, now: float) -> bool:
-        """Whether to sample a path: each time while it is new or carries streams, else more seldom."""
-        period = self._limits.sample_period
-        quiet = not connection.busy and now - max(connection.established, connection.last_used) > _SETTLED * period
-        return not quiet or now - connection.sampled >= _QUIET * period
 
     def _pause(self) -> float:
         """Seconds until the next check: never past the moment at which an admission ends."""

@@ -7,11 +7,13 @@ import pytest
 from tests.support.api_harness import ELSEWHERE, THERE, FakeRoutes, local, remote, route, running_api, snapshot
 from tests.support.fake_upstream import Call, fake_upstream
 
+from mesh_llm.api import upstream
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import StreamWatchdog, WatchedStream, first_byte_seconds
 from mesh_llm.core.routing.ranking import ModelRoute, Target
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.runtime.supervision import TaskScope
 
 
 async def test_an_idle_connection_does_not_hold_what_others_wait_for():
@@ -189,3 +191,22 @@ async def test_a_frozen_node_is_left_for_one_that_answers():
         assert b'"here"' in answer.content
         assert answer.content.endswith(b"data: [DONE]\n\n")
         assert b'"y"' not in answer.content
+
+
+async def test_without_a_stream_nothing_is_checked_and_with_one_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(upstream, "_WATCH_PERIOD", 0.01)
+    checks: asyncio.Queue[float] = asyncio.Queue()
+
+    def check(_: StreamWatchdog, passed: float) -> None:
+        checks.put_nowait(passed)
+
+    monkeypatch.setattr(StreamWatchdog, "check", check)
+    watch = vigil(route("tiny", local("127.0.0.1:1")))
+    async with TaskScope("watchdog") as scope, asyncio.timeout(5):
+        scope.spawn(watch.run(), "run")
+        await asyncio.sleep(0.1)
+        assert checks.empty()
+        one, _ = watched(watch, local("127.0.0.1:1"))
+        await checks.get()
+        await checks.get()
+        watch.forget(one)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from tests.support.other_user import as_nobody
 
 from mesh_llm.core.types.errors import MeshError
@@ -36,6 +37,23 @@ async def serving(home: Home) -> AsyncGenerator[LocalListener]:
     finally:
         await server.stop(0.1)
         listener.close()
+
+
+async def test_a_server_that_nobody_asks_does_not_wake_and_still_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks: list[int] = []
+    on_tick = uvicorn.Server.on_tick
+
+    async def counted(self: uvicorn.Server, counter: int) -> bool:
+        ticks.append(counter)
+        return await on_tick(self, counter)
+
+    monkeypatch.setattr(uvicorn.Server, "on_tick", counted)
+    async with serving(Home(tmp_path / "home")):
+        # Two of the ticks that uvicorn makes by itself.
+        await asyncio.sleep(0.25)
+        assert len(ticks) == 1
 
 
 def ask(open_socket: Callable[[], socket.socket]) -> str:

@@ -17,6 +17,8 @@ _log = structlog.get_logger(__name__)
 _POLL_MS = 5_000
 WATCH_STEP_MS = 400
 """A watcher's thread looks this often for events that the system has brought, and whether it is to end."""
+NO_TIMEOUT = 0
+"""Of a watcher. With the default one, it begins anew every five seconds for nothing."""
 
 
 async def watch(
@@ -125,6 +127,7 @@ class _Watchers:
                         watch_filter=matters,
                         debounce=self._debounce,
                         step=min(WATCH_STEP_MS, self._debounce),
+                        rust_timeout=NO_TIMEOUT,
                         recursive=deep,
                         force_polling=polling,
                         poll_delay_ms=_POLL_MS,

@@ -191,8 +191,10 @@ class PeerConnection:
         self.dialed = dialed
         self.established = time.monotonic()
         self.last_used = self.established
-        self.sampled = 0.0
-        """When its path was sampled last, in monotonic seconds."""
+        self.steady_since = self.established
+        """Since when its path has not changed noticeably, in monotonic seconds."""
+        self.sample_at = 0.0
+        """When to sample its path again, in monotonic seconds."""
         self.busy = 0
         """Open streams of both directions, without those that last as long as the connection."""
         self.raw = raw
