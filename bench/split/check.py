@@ -3,9 +3,10 @@
     python -m bench.split.check [--tokens 2048] [--machines 2] [--rounds 3]
 
 First one real machine is measured, then a split over real engines. Stand-ins get the measured pace of the one machine,
-and the split is measured again over them. Messages of the host's tunnels for the prompt must be as many, and their
-bytes must agree within 2 %; the time should agree too, where the real engines do not take cores from each other.
-Exit status 1 if the messages differ.
+and the split is measured again over them. Messages of the host's tunnels for the prompt must be as many; exit status 1
+if not. Their bytes differ as far as the tunnel compresses results, since a stand-in's do not compress; that llama.cpp's
+messages are equally long is a test's (tests/integration/test_split_stand_in.py). The time should agree too, where the
+real engines do not take cores from each other.
 """
 
 import argparse
@@ -21,7 +22,6 @@ from bench.split.ways import Runs, load_text, opened, parser
 
 _COUNTED = ("requests", "round_trips", "graphs", "pushed", "relayed")
 _BYTES = ("bytes_sent", "bytes_received")
-_SAME_BYTES = 0.02
 _ANSWER = 32
 
 
@@ -74,8 +74,7 @@ def main() -> int:
         found = {"machine": machine(), "prompt_rate": prompt, "answer_rate": answer}
         arguments.json.write_text(json.dumps({**found, "real": computed, "stand_in": shown}, indent=1))
     same = all(computed[name] == shown[name] for name in _COUNTED)
-    near = all(abs(shown[name] - computed[name]) <= _SAME_BYTES * computed[name] for name in _BYTES)
-    return 0 if same and near else 1
+    return 0 if same else 1
 
 
 if __name__ == "__main__":

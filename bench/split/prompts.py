@@ -4,9 +4,10 @@
     python -m bench.split.prompts --stand-in [--tokens 4096] [--machines 2,3,4,8] [--delays 1] [--megabits 1000]
 
 Tokens a second while it is read, seconds to the first token of the answer as its client sees them, and the bytes on all
-links, for a prompt and for a token of an answer. Ratios are to one machine in the same round. With `--stand-in`, all
-engines take a set time instead of computing (bench.split.stand_in); then times are those without slow motion. *busy* is
-the part of the time that this machine's cores were busy: near 1, the lab is the limit and not what is measured.
+links, for a prompt and for a token of an answer. *predicted* is what `mesh-llm plan` says before the first prompt; a
+node then learns. Ratios are to one machine in the same round. With `--stand-in`, all engines take a set time instead of
+computing (bench.split.stand_in); then times are those without slow motion. *busy* is the part of the time that this
+machine's cores were busy: near 1, the lab is the limit and not what is measured.
 """
 
 import sys
@@ -21,6 +22,8 @@ def measure(runs: Runs, way: str, machines: int, delay: float, seed: int) -> lis
     """All prompts once, with an engine of its own."""
     arguments, host, cores = runs.arguments, runs.lab.host, Cores()
     results: list[Measured] = []
+    # Before the engine takes the cores; what is not known is 0.
+    predicted = {tokens: runs.predicted(way, machines, tokens) or 0.0 for tokens in arguments.tokens}
     with runs.engine(way, machines, max(arguments.tokens) + _ANSWER, 1):
         # What is learned of the traffic is learned before: a conversation's later prompts count.
         host.say("prompt", tokens=arguments.micro_batch + 16, seed=seed + 100)
@@ -36,6 +39,7 @@ def measure(runs: Runs, way: str, machines: int, delay: float, seed: int) -> lis
                 "first_s": answer["first_s"] / runs.slow,
                 "bytes": float(runs.lab.wire_bytes - before),
                 "bytes_per_token": a_token,
+                "predicted": predicted[tokens],
             }
             results.append(Measured(way, machines, delay, tokens, values, [answer["text"]], cores.busy()))
             _say(results[-1])
@@ -53,8 +57,10 @@ def _say(result: Measured) -> None:
 
 def text(results: list[Measured]) -> str:
     """For people."""
-    columns = ("prompt", "machines", "one-way ms", "way", "tokens/s", "x one", "first token s", "MB", "bytes/token",
-               "busy", "same")  # fmt: skip
+    columns = (
+        "prompt", "machines", "one-way ms", "way", "tokens/s", "x one", "predicted", "first token s", "MB",
+        "bytes/token", "busy", "same",
+    )  # fmt: skip
     rows: list[tuple[str | float | int | None, ...]] = []
     grouped = medians(results)
     said = {(one.size, number): one.texts for one, number in _numbered(grouped) if one.way == "solo"}
@@ -63,7 +69,8 @@ def text(results: list[Measured]) -> str:
         same = all(said.get((size, number), one.texts) == one.texts for number, one in enumerate(rounds))
         rows.append((
             size, machines, f"{delay:g}", WAYS[way], middle(rounds, "rate"), against(rounds, solo, "rate"),
-            middle(rounds, "first_s"), middle(rounds, "bytes") / 1e6, round(middle(rounds, "bytes_per_token")),
+            middle(rounds, "predicted") or None, middle(rounds, "first_s"), middle(rounds, "bytes") / 1e6,
+            round(middle(rounds, "bytes_per_token")),
             max(one.busy for one in rounds), "yes" if same else "NO",
         ))  # fmt: skip
     return table(columns, rows)

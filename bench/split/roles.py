@@ -26,15 +26,18 @@ from tests.support.split_lab import EngineServer
 
 from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import Speed
+from mesh_llm.core.types.model import Speed, SplitLayout, SplitShare
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.link_meter import LinkMeter
+from mesh_llm.daemon.split_host import HostSession, split_spec
 from mesh_llm.engine.process import Command, Readiness, python_module
 from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
 from mesh_llm.engine.sources.embedded.plugin import find as find_plugin
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Supervisor
+from mesh_llm.models.gguf.facts import read_facts
+from mesh_llm.models.gguf.header import read_header
 from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
@@ -46,6 +49,8 @@ from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import Facts
 
 Answer = dict[str, Any]
+_NOT_SHOWN: Any = None
+"""What would show a load's progress to a user."""
 PROMPT = "the mesh of all the nodes"
 GREETING = Ping(nonce=1)
 
@@ -227,9 +232,23 @@ class Host(Role):
         ]
         endpoints = await split.start(targets, sockets=self.supervisor.private())
         opened = time.perf_counter() - began
-        spec = self._spec(words)
-        object.__setattr__(spec, "rpc", endpoints)
+        spec = self._split_spec(words, split, endpoints)
         return {**await self._start(await self.source.server(spec)), "open_s": opened}
+
+    def _split_spec(self, words: Answer, split: SplitHost, endpoints: tuple[str, ...]) -> EngineSpec:
+        """The engine as a node would start it: its layers and devices are the daemon's decision."""
+        facts = read_facts([read_header(self.model)], self.model.stem)
+        counts = [int(share) for share in words["shares"]]
+        # llama.cpp counts the output layer as the last worker's.
+        counts[-1] -= 1
+        workers = [NodeId(node) for node in words["workers"]]
+        shares = [SplitShare(node=node, layers=count) for node, count in zip(workers, counts, strict=True)]
+        here = SplitShare(node=NodeId(self.net.node_id), layers=facts.layers - sum(counts))
+        layout = SplitLayout(term=1, shares=(here, *shares))
+        names = {f"w{number}": node for number, node in enumerate(workers)}
+        session = HostSession(layout, split, endpoints, names, 0, facts, _NOT_SHOWN)
+        whole = replace(self._spec({name: value for name, value in words.items() if name != "shares"}), devices=())
+        return split_spec(whole, session, accelerators=0)
 
     def _opener(self, node: NodeId) -> OpenStream:
         async def open_stream(tunnel: bytes) -> ByteStream:

@@ -5,7 +5,8 @@
 // second, once (the fixed part), and its elements for each token at STAND_IN_PRODUCTS a second. Matrices of the output
 // layer take nothing. Attention takes nothing, so a long context costs no more than a short one.
 // STAND_IN_MACHINE names a file of 8 bytes, shared by all engines of one machine: the time at which it is free again.
-// So two engines of one machine wait for each other. Results are zeros.
+// So two engines of one machine wait for each other. Results are numbers that mean nothing, always the same ones. They do
+// not compress, as a model's activations do not.
 
 #include <atomic>
 #include <cstdint>
@@ -57,8 +58,35 @@ static int64_t cost_ns(const ggml_cgraph * graph) {
     return int64_t(total);
 }
 
+static float numbers[1 << 18];
+
+static void make_numbers() {
+    uint32_t state = 1;
+    for (float & number : numbers) {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        number = float(state) / 4294967296.0f - 0.5f;
+    }
+}
+
+static void fill(ggml_tensor * tensor) {
+    char * target = static_cast<char *>(tensor->data);
+    size_t left = ggml_nbytes(tensor);
+    if (tensor->type != GGML_TYPE_F32) {
+        memset(target, 0, left);
+        return;
+    }
+    while (left > 0) {
+        size_t part = left < sizeof(numbers) ? left : sizeof(numbers);
+        memcpy(target, numbers, part);
+        target += part;
+        left -= part;
+    }
+}
+
 // What may be read of a graph: what nothing in it uses, marked results, and sums, which the next machine's part adds to.
-static void clear_results(ggml_cgraph * graph) {
+static void fill_results(ggml_cgraph * graph) {
     std::unordered_set<const ggml_tensor *> used;
     for (int i = 0; i < graph->n_nodes; i++) {
         for (const ggml_tensor * source : graph->nodes[i]->src) {
@@ -71,7 +99,7 @@ static void clear_results(ggml_cgraph * graph) {
         ggml_tensor * node = graph->nodes[i];
         bool read = node->op == GGML_OP_ADD || (node->flags & GGML_TENSOR_FLAG_OUTPUT) || used.count(node) == 0;
         if (read && node->view_src == nullptr && node->data != nullptr && ggml_is_contiguous(node)) {
-            memset(node->data, 0, ggml_nbytes(node));
+            fill(node);
         }
     }
 }
@@ -81,7 +109,7 @@ static ggml_status take_time(ggml_backend_t, ggml_cgraph * graph) {
     do {
         end = (before > begun ? before : begun) + cost;
     } while (cost > 0 && !free_at->compare_exchange_weak(before, end));
-    clear_results(graph);
+    fill_results(graph);
     timespec until = {time_t(end / 1000000000ll), long(end % 1000000000ll)};
     while (cost > 0 && clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, nullptr) != 0) {
     }
@@ -144,6 +172,7 @@ static ggml_backend_reg_t stand_in() {
     if (start_processor == nullptr) {
         bytes_per_ns = setting("STAND_IN_BYTES") * 1e-9;
         products_per_ns = setting("STAND_IN_PRODUCTS") * 1e-9;
+        make_numbers();
         if (const char * path = getenv("STAND_IN_MACHINE")) {
             share_machine(path);
         }

@@ -5,8 +5,8 @@ wait for as long as a graph would take; llama-server and rpc-server stay what th
 its order are llama.cpp's own, in whatever version is pinned, and firewall, tunnel and pushes are the product's.
 
 Two figures describe a machine: the tokens of a prompt that it reads in a second with the whole model, and the tokens
-that it answers with to one request. All results are zeros, so greedy output is the first token of the vocabulary, over
-and over; requests have to ignore an end.
+that it answers with to one request. Results are numbers that mean nothing, so greedy output is one token over and over;
+requests have to ignore an end.
 """
 
 import subprocess
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.common import ROOT
 
-from mesh_llm.core.types.model import ModelFacts
+from mesh_llm.core.types.model import ModelFacts, Rates, Speed
 from mesh_llm.engine.compiler import find_compiler
 from mesh_llm.engine.confinement.policy import RpcPolicy
 from mesh_llm.engine.process import Command
@@ -45,6 +45,14 @@ class Pace:
     prompt: float
     answer: float
     slow_motion: float = 1.0
+
+    def speed(self, facts: ModelFacts) -> Speed:
+        """The machine as `plan` would know it, as without slow motion."""
+        blocks, rate = facts.active_bytes - facts.head_bytes, facts.active_bytes * self.answer
+        prompt = int(blocks * self.prompt)
+        return Speed(
+            full=Rates(f16=int(rate), q8=int(rate), q4=int(rate)), batch=Rates(f16=prompt, q8=prompt, q4=prompt)
+        )
 
     def settings(self, facts: ModelFacts, micro_batch: int, machine: Path) -> dict[str, str]:
         """The plugin's variables; `machine`: the file that all engines of one machine share.

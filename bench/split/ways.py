@@ -7,6 +7,7 @@ prompts over devices: all layers on RPC servers, of which the host has one, no t
 """
 
 import argparse
+import asyncio
 import json
 import os
 import tempfile
@@ -17,13 +18,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
 from bench.common import machine
 from bench.split.lab import STOCK_PORT, Lab
 from bench.split.stand_in import Pace
 from tests.netlab.lab import NetLab
 from tests.support.gguf_models import cached_model
 
-from mesh_llm.core.types.model import ModelFacts
+from mesh_llm.core.performance.prediction import Link, prompt_seconds, split_prompt_seconds
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.model import ModelFacts, Speed, SplitLayout, SplitShare
+from mesh_llm.engine.speed import measure_speed
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import read_header
 from mesh_llm.models.tensor_cache.digests import DigestStore
@@ -91,18 +96,53 @@ class Runs:
         self.lab = lab
         self._facts = facts
         self.slow = arguments.slow_motion if arguments.stand_in else 1.0
-        self._cached: set[tuple[str, int]] = set()
+        self._pace = _pace(arguments)
+        self._delay = 0.0
+
+    def predicted(self, way: str, machines: int, tokens: int) -> float | None:
+        """Tokens per second of a prompt, as `mesh-llm plan` predicts them before the first one; None where it does not.
+
+        From this machine's speed, measured now, and the links'; with stand-ins from what is set.
+        """
+        if way not in {"solo", "ours"}:
+            return None
+        arguments, facts = self.arguments, self._facts
+        if arguments.stand_in:
+            speed: Speed | None = self._pace.speed(facts)
+            way_there = Link(one_way_seconds=self._delay * 1e-3, bytes_per_second=arguments.megabits * 125e3)
+            links = dict.fromkeys(self.lab.nodes, way_there)
+        else:
+            speed = asyncio.run(measure_speed(("CPU",)))
+            said = {node: self.lab.host.say("link", node=node) for node in self.lab.nodes[: machines - 1]}
+            links = {node: msgspec.convert(link, Link) for node, link in said.items()}
+        if speed is None:
+            return None
+        if speed.cores > arguments.threads:
+            part = speed.batch.slowed(speed.cores / arguments.threads)
+            speed = msgspec.structs.replace(speed, batch=part, cores=arguments.threads)
+        if way == "solo":
+            seconds = prompt_seconds(facts, speed, tokens)
+        else:
+            nodes = [NodeId("0" * 64), *map(NodeId, self.lab.nodes[: machines - 1])]
+            shares = zip(nodes, whole_layers(facts.layers, machines), strict=True)
+            layout = SplitLayout(term=1, shares=tuple(SplitShare(node=node, layers=count) for node, count in shares))
+            # Workers are as far from each other as from the host.
+            among = {(one, other): links[one] for one in nodes[1:] for other in nodes[1:] if one != other}
+            ways = {(nodes[0], NodeId(node)): link for node, link in links.items()} | among
+            found = split_prompt_seconds(facts, layout, dict.fromkeys(nodes, speed), ways, tokens)
+            seconds = None if found is None else found.total()
+        return None if not seconds else tokens / seconds
 
     def distance(self, delay: float) -> None:
         """How far all machines are from each other."""
+        self._delay = delay
         self.lab.delay(delay * self.slow, self.arguments.megabits / self.slow)
 
     @contextmanager
     def engine(self, way: str, machines: int, context: int, slots: int) -> Generator[dict[str, Any]]:
         """An engine that serves the model in that way; gives what it said of its load."""
         lab, host = self.lab, self.lab.host
-        each, rest = divmod(self._facts.layers, machines)
-        layers = [float(each + (1 if place < rest else 0)) for place in range(machines)]
+        layers = [float(count) for count in whole_layers(self._facts.layers, machines)]
         layers[-1] += 1
         words = {"context": context, "slots": slots, "micro_batch": self.arguments.micro_batch}
         addresses = lab.addresses[: machines - 1]
@@ -129,6 +169,16 @@ class Runs:
                 server.say("end_serving")
 
 
+def whole_layers(layers: int, machines: int) -> list[int]:
+    """How many layers each machine computes, the host first."""
+    each, rest = divmod(layers, machines)
+    return [each + (1 if place < rest else 0) for place in range(machines)]
+
+
+def _pace(arguments: argparse.Namespace) -> Pace:
+    return Pace(prompt=arguments.prompt_rate, answer=arguments.answer_rate, slow_motion=arguments.slow_motion)
+
+
 @contextmanager
 def opened(arguments: argparse.Namespace, scratch: Path) -> Generator[Runs]:
     """A lab of as many machines as are needed."""
@@ -139,7 +189,7 @@ def opened(arguments: argparse.Namespace, scratch: Path) -> Generator[Runs]:
     model = cached_model(models, name)
     facts = read_facts([read_header(model)], model.stem)
     DigestStore(scratch / "digests").get(model)
-    pace = Pace(prompt=arguments.prompt_rate, answer=arguments.answer_rate, slow_motion=arguments.slow_motion)
+    pace = _pace(arguments)
 
     def settings(file: Path) -> dict[str, str]:
         return pace.settings(facts, arguments.micro_batch, file)
