@@ -56,7 +56,7 @@ def main() -> int:
     options.add_argument("--tokens", type=int, default=2048, help="of the prompt")
     options.set_defaults(machines=[2])
     arguments = options.parse_args()
-    arguments.model = arguments.model or "middle"
+    arguments.model = arguments.model or "long"
     arguments.stand_in, print_load = False, load_text()
     with tempfile.TemporaryDirectory(prefix="bench-split-") as scratch:
         computed, prompt, answer = real(arguments, Path(scratch) / "real")

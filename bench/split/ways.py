@@ -55,7 +55,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     found.add_argument("--ways", default=list(WAYS), type=lambda words: words.split(","))
     found.add_argument("--rounds", type=int, default=3)
     found.add_argument("--micro-batch", type=int, default=512)
-    found.add_argument("--model", help="a generated model; middle by default, stand-in for stand-ins")
+    found.add_argument("--model", help="a generated model; long (160 MB) by default, stand-in for stand-ins")
     found.add_argument("--models", help="directory that keeps generated models")
     found.add_argument("--threads", type=int, default=1, help="of each engine")
     found.add_argument("--stand-in", action="store_true", help="engines take a set time instead of computing")
@@ -185,7 +185,7 @@ def opened(arguments: argparse.Namespace, scratch: Path) -> Generator[Runs]:
     scratch.mkdir(parents=True, exist_ok=True)
     models = Path(arguments.models) if arguments.models else scratch / "models"
     models.mkdir(parents=True, exist_ok=True)
-    name = arguments.model or ("stand-in" if arguments.stand_in else "middle")
+    name = arguments.model or ("stand-in" if arguments.stand_in else "long")
     model = cached_model(models, name)
     facts = read_facts([read_header(model)], model.stem)
     DigestStore(scratch / "digests").get(model)

@@ -34,11 +34,12 @@ PRESETS = {
     "half-gigabyte": Recipe(
         "random-half-gigabyte", layers=12, width=1024, feed_forward=6144, heads=16, kv_heads=8, seed=2
     ),
+    "long": Recipe("random-long", layers=12, width=768, feed_forward=2048, heads=12, kv_heads=6, seed=3, context=16384),
     "stand-in": Recipe(
         "random-stand-in", layers=24, width=1024, feed_forward=1024, heads=16, kv_heads=2, seed=4, context=65536
     ),
 }
-"""About 5 MB, 22 MB, 0.5 MB, 160 MB, 5 MB, 530 MB and 260 MB. The draft drafts for all others.
+"""About 5 MB, 22 MB, 0.5 MB, 160 MB, 5 MB, 530 MB, 160 MB and 260 MB. The draft drafts for all others.
 
 The last is for engines that do not compute (bench/split/stand_in.py): it is wide, and 2, 3, 4 and 8 machines can share
 its layers evenly.
