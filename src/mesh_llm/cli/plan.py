@@ -126,6 +126,10 @@ def render(answer: PlanAnswer) -> str:
             for place, node in enumerate(split.nodes)
         ]
         lines += table(("NODE", "PART", "LAYERS", "MEMORY"), rows, "")
+        if split.micro_batch:
+            lines.append(
+                f"Prompts are computed {split.micro_batch} tokens at a time, so that all machines work at once."
+            )
     lines += [
         "",
         *table(("NODE", "OFFERS", "FITS", "ALONE", "READS", "RTT", "TO IT"), list(map(_row, answer.machines)), ""),

@@ -304,7 +304,7 @@ class Engines:
         model = self._machine.registry.find(plan.model)
         if model is None:
             raise _gone(plan.model)
-        batch = batch_tokens(model.facts, plan.context)
+        batch = plan.micro_batch or batch_tokens(model.facts, plan.context)
         offload, chosen = plan.offload, options.engine
         draft = self._draft(effect, model)
         return EngineSpec(

@@ -279,6 +279,7 @@ class Planner:
             host_bytes=_own_host_memory(node, facts),
             host_speed=node.capacity.host_speed if experience is None else experience.host,
             cards=max(1, len(node.capacity.devices)),
+            on_processor=node.capacity.on_processor,
             barred=node.split.barred(facts, node.members),
             since=node.config.incarnation,
         )
@@ -463,6 +464,7 @@ class Planner:
             host_bytes=measured.facts.free_host_bytes if measured is not None else announcement.capacity.host_bytes,
             host_speed=announcement.capacity.host_speed,
             cards=max(1, len(announcement.capacity.devices)),
+            on_processor=announcement.capacity.on_processor,
             barred=barred,
             since=announcement.incarnation,
             max_rtt_ms=announcement.split.max_rtt_ms if announcement.split is not None else 0.0,

@@ -45,9 +45,16 @@ def test_a_split_is_told_with_its_parts_and_its_speed() -> None:
     assert "prompts    about 64.0 tokens/s: the first token 32.0 s after one of 2,048 tokens" in text
     assert "It would be divided so: about 7.2 tokens/s, of which the network takes 4.0 ms a token." in text
     assert "desk  host      10" in text
+    assert "at a time" not in text.replace("one request at a time", "")
     assert "12.5 GB/s" in text
     assert "lap: its engine cannot share models" in text
     assert "lap: it does not have this model's file" in text
+
+
+def test_the_size_of_a_prompts_pieces_is_told_where_it_is_chosen() -> None:
+    split = msgspec.structs.replace(SPLIT, micro_batch=128)
+    text = render(PlanAnswer(model="big", runs="split", message="", nodes=SPLIT.nodes, split=split))
+    assert "Prompts are computed 128 tokens at a time, so that all machines work at once." in text
 
 
 def test_what_does_not_fit_says_what_to_do() -> None:

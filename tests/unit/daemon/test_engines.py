@@ -342,6 +342,13 @@ def test_an_input_that_cannot_be_divided_has_room_in_one_batch(
     assert spec.even_micro_batch == spec.micro_batch
 
 
+def test_a_plan_says_how_many_tokens_of_a_prompt_are_computed_at_once() -> None:
+    world = World()
+    planned = msgspec.structs.replace(plan("m"), micro_batch=128)
+    spec = world.engines.spec(StartEngine(plan=planned, options=LaunchOptions(), term=Term(1)))
+    assert (spec.micro_batch, spec.batch) == (128, 2048)
+
+
 async def test_a_projector_that_the_engine_does_not_start_with_is_set_aside_and_said() -> None:
     world = World()
     world.start()

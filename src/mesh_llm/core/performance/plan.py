@@ -124,6 +124,7 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
         nodes: the host, then its workers in the order in which a token visits them.
         context: tokens for each request.
         slots: requests at once.
+        micro_batch: tokens of a prompt that all machines compute at once; 0: as many as usual.
         predicted_tps: tokens per second of one request; null where something was not measured.
         basis: as of a machine. `machine`: corrected by split models that the asked node hosted.
         ring_ms: the network's part of each token; null where something was not measured.
@@ -139,6 +140,7 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
     ring_ms: float | None = None
     prompt_tps: float | None = None
     first_token_s: float | None = None
+    micro_batch: int = 0
 
 
 class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,6 +196,7 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
         host_bytes: main memory that it offers to this model beside a GPU's.
         host_speed: of its processor, where it has a GPU; None: nothing was measured.
         cards: its devices.
+        on_processor: as in `Capacity`.
         max_rtt_ms: longest round trip that it permits in a group; 0.0: as the asked node.
     """
 
@@ -213,6 +216,7 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int = 0
     host_speed: Speed | None = None
     cards: int = 1
+    on_processor: bool = False
     max_rtt_ms: float = 0.0
 
     @property
@@ -280,7 +284,7 @@ def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) ->
     notes = {one.node: view.why(one, nodes[0].node) for one in view.participants}
     divided = _divide(request, outcome, nodes)
     if divided is not None:
-        offers = [MemoryOffer(node=node.node, memory_bytes=node.memory_bytes) for node in _in_order(outcome, nodes)]
+        offers = _offers(outcome, nodes)
         notes |= {one.node: f"computes nothing of it: {one.reason}" for one in left_out(request.split, offers, divided)}
     machines = tuple(_machine(request, node, nodes[0].node, links, notes.get(node.node, "")) for node in known)
     split = None if divided is None else _split_answer(request, divided, nodes, links)
@@ -472,12 +476,19 @@ def _divide(request: PlanRequest, outcome: Elected | TooSmall, nodes: Sequence[P
     if not isinstance(outcome, Elected):
         return None
     wanted = request.split
-    offers = [MemoryOffer(node=node.node, memory_bytes=node.memory_bytes) for node in _in_order(outcome, nodes)]
+    offers = _offers(outcome, nodes)
     version = next(node.rpc_version for node in nodes if node.node == outcome.host)
     plan = plan_split(wanted, offers, 1, version)
     if isinstance(plan, LaunchPlan) and plan.split is None:
         plan = plan_split(msgspec.structs.replace(wanted, asked=True), offers, 1, version)
     return None if isinstance(plan, DoesNotFit) else plan
+
+
+def _offers(outcome: Elected | TooSmall, nodes: Sequence[PlanInput]) -> list[MemoryOffer]:
+    return [
+        MemoryOffer(node=node.node, memory_bytes=node.memory_bytes, on_processor=node.on_processor)
+        for node in _in_order(outcome, nodes)
+    ]
 
 
 def _in_order(outcome: Elected | TooSmall, nodes: Sequence[PlanInput]) -> list[PlanInput]:
@@ -534,4 +545,5 @@ def _split_answer(request: PlanRequest, plan: LaunchPlan, nodes: Sequence[PlanIn
         ring_ms=round(ring * 1e3, 3) if ring is not None else None,
         prompt_tps=_prompt_rate(read),
         first_token_s=_shown_seconds(read),
+        micro_batch=plan.micro_batch,
     )

@@ -188,6 +188,7 @@ class SplitController:
             draft=lambda model: models.named_draft(options) or models.found_draft(model, options),
             offered=models.offered_bytes,
             rpc_version=models.capacity.rpc_version,
+            on_processor=models.capacity.on_processor,
             excluded=models.excluded | {launch.model for launch in models.launches if launch.model not in own},
             solo={
                 serving.model

@@ -215,9 +215,13 @@ class MemberTracker:
                 continue
             silent = self.silent(member, working, now)
             if to_count(state, self._model, fingerprint, silent=silent) is None:
-                version = announced.capacity.rpc_version
                 yield GroupMember(
-                    node=announced.node, state=state, rpc_version=version, name=member.label, gives=announced.shares
+                    node=announced.node,
+                    state=state,
+                    rpc_version=announced.capacity.rpc_version,
+                    name=member.label,
+                    gives=announced.shares,
+                    on_processor=announced.capacity.on_processor,
                 )
 
     def silent(self, member: Member, working: Collection[NodeId], now: float) -> bool:

@@ -83,6 +83,7 @@ class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
         rpc_version: of its engine; empty where it cannot pair.
         name: for people.
         gives: it gives its files to others. Without that it cannot host workers that lack the file.
+        on_processor: as in `Capacity`.
     """
 
     node: NodeId
@@ -90,6 +91,7 @@ class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
     rpc_version: str
     name: str = ""
     gives: bool = True
+    on_processor: bool = False
 
     @property
     def label(self) -> str:

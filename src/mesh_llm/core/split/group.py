@@ -57,6 +57,7 @@ class SplitInputs:
         draft: the draft model that this node would use beside a model, if any.
         offered: bytes that this node has for a model, beside everything else.
         rpc_version: of this node's engine; empty where it cannot pair.
+        on_processor: as in this node's `Capacity`.
         excluded: models not to be touched here: dropped, failed, or served by this node alone.
         solo: models that some node serves whole.
         offer: what this node offers to split models; None: its admission is not known yet.
@@ -72,6 +73,7 @@ class SplitInputs:
     draft: Callable[[ModelName], ModelFacts | None]
     offered: Callable[[ModelName], int]
     rpc_version: str
+    on_processor: bool
     excluded: Collection[ModelName]
     solo: Collection[ModelName]
     offer: SplitOffer | None
@@ -311,6 +313,7 @@ class SplitGroup:
             rpc_version=inputs.rpc_version,
             name=own_label(self._config.node, self._config.name, names_of(inputs.members)),
             gives=self._config.shares,
+            on_processor=inputs.on_processor,
         )
         return [me, *self._tracker.members(facts.fingerprint, inputs.members, working, now)]
 
@@ -376,7 +379,10 @@ class SplitGroup:
                 self.wake(settled)
                 self.waiting_reason = "" if holds else "waiting a moment for more nodes"
                 return
-        offers = [MemoryOffer(node=node, memory_bytes=memory[node]) for node in outcome.group]
+        processors = {one.node for one in members if one.on_processor}
+        offers = [
+            MemoryOffer(node=node, memory_bytes=memory[node], on_processor=node in processors) for node in outcome.group
+        ]
         version = next(one.rpc_version for one in members if one.node == outcome.host)
         term = max(outcome.term, self._term) + 1
         plan, options = _plan(request, offers, term, version)

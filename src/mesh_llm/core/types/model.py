@@ -260,6 +260,11 @@ class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: Annotated[int, LATER] = 0
     host_speed: Annotated[Speed, LATER] = Speed()
 
+    @property
+    def on_processor(self) -> bool:
+        """Whether the processor computes the node's models: there is no memory beside a GPU's, and no GPU's speed."""
+        return not self.host_bytes and (self.speed.cores > 0 or not self.speed.known)
+
 
 MAX_SPLIT_NODES = 16
 """Most nodes that compute one model. Each costs every token a hop."""
@@ -435,6 +440,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
         draft: the draft model found for it, if its memory is counted.
         split: the layout over several nodes; None: this node alone.
         offload: what is on the GPU and what in main memory, where both are needed; None: all on the node's devices.
+        micro_batch: tokens of a prompt that are computed at once; 0: as many as usual (`placement.fit.batch_tokens`).
     """
 
     model: ModelName
@@ -445,6 +451,7 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     draft: ModelName | None = None
     split: SplitLayout | None = None
     offload: Offload | None = None
+    micro_batch: int = 0
 
     @property
     def host_bytes(self) -> int:

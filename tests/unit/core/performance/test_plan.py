@@ -18,6 +18,7 @@ from mesh_llm.core.performance.prediction import (
     split_seconds,
 )
 from mesh_llm.core.split.eligibility import Barred, Obstacle
+from mesh_llm.core.split.layout import PIPELINED_TOKENS
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import (
     AUTO_CACHE,
@@ -95,6 +96,11 @@ def test_or_split_where_it_fits_nobody_alone() -> None:
     assert "n2, n1" in plan.message
     assert plan.split is not None
     assert plan.split.ring_ms == pytest.approx(10.0)
+    assert plan.split.micro_batch == 0
+    processors = [msgspec.structs.replace(machine(n, 7.0), on_processor=True) for n in (1, 2)]
+    small = make_plan(PlanRequest(facts=BIG), processors, links(2))
+    assert small.split is not None
+    assert small.split.micro_batch == PIPELINED_TOKENS
 
 
 def test_what_does_not_fit_says_what_is_missing() -> None:

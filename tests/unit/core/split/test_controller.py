@@ -686,3 +686,13 @@ def test_another_host_of_a_faster_group_gets_this_nodes_memory() -> None:
     assert mesh.host() == 2
     assert first.running is None
     assert first.lending is not None
+
+
+@pytest.mark.parametrize(("host", "expected"), [((0.0, 0.0), 128), ((9.0, 0.0), 0), ((0.0, 9.0), 0)])
+def test_prompts_are_cut_smaller_where_no_gpu_computes(host: tuple[float, float], expected: int) -> None:
+    mesh = SplitMesh()
+    mesh.add(1, wants="big", memory=8.0, host=host[0])
+    mesh.add(2, memory=7.0, host=host[1])
+    mesh.passes(5.0)
+    assert mesh.host() == 1
+    assert [plan.micro_batch for plan in mesh.machines[1].plans if plan.split is not None] == [expected]

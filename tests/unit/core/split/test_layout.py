@@ -3,8 +3,16 @@ import pytest
 from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.placement.fit import DoesNotFit
-from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, divide_layers, group_fits, left_out, plan_split
-from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan
+from mesh_llm.core.split.layout import (
+    PIPELINED_TOKENS,
+    MemoryOffer,
+    SplitRequest,
+    divide_layers,
+    group_fits,
+    left_out,
+    plan_split,
+)
+from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan, ModelKind
 
 BIG = facts("big", 10.0)
 
@@ -135,3 +143,25 @@ def test_a_split_model_whose_cache_type_is_left_open_has_f16() -> None:
     assert plan.split is not None
     assert plan == planned(SplitRequest(facts=BIG), 6.0, 6.0, 6.0)
     assert planned(SplitRequest(facts=BIG, options=LaunchOptions(cache_type="q8_0")), 6.0, 6.0).cache_type == "q8_0"
+
+
+def test_processors_read_prompts_in_small_pieces_and_gpus_do_not() -> None:
+    ask = SplitRequest(facts=BIG, asked=True)
+    processors = [msgspec.structs.replace(one, on_processor=True) for one in group(20.0, 20.0)]
+    for nodes, expected in (
+        (processors, PIPELINED_TOKENS),
+        ([processors[0], group(20.0, 20.0)[1]], 0),
+        ([group(20.0)[0], processors[1]], 0),
+    ):
+        plan = plan_split(ask, nodes, 3, "8.0.0")
+        assert isinstance(plan, LaunchPlan)
+        assert plan.split is not None
+        assert plan.micro_batch == expected
+    # Alone it is as usual, and so is a model whose input must not be cut.
+    alone = plan_split(SplitRequest(facts=BIG), processors, 3, "8.0.0")
+    encoder = msgspec.structs.replace(BIG, kind=ModelKind.EMBEDDING, encoder=True)
+    whole = plan_split(SplitRequest(facts=encoder, asked=True), processors, 3, "8.0.0")
+    assert isinstance(alone, LaunchPlan)
+    assert isinstance(whole, LaunchPlan)
+    assert whole.split is not None
+    assert (alone.micro_batch, whole.micro_batch) == (0, 0)
