@@ -67,6 +67,9 @@ SET_BOUNDS = SizeBounds(_SET.size, _SET.size + SET_TENSOR_HEAD + MAX_SET_DATA)
 _NEW_HEAD, _COMPRESSED = 1, 2
 _SET_LEVEL = 1
 _SAMPLES = 64
+_GOLDEN = 0.618
+"""Of the even distance between samples: a distance that no row length divides well, so that samples from any number of
+rows meet channels all over them."""
 _WORD = 4
 _STEP = 1 << 20
 
@@ -107,15 +110,14 @@ class PackedSet(NamedTuple):
 
 
 def is_worth_compressing(data: bytes | memoryview) -> bool:
-    """Whether data consists of few different words, by a sample of 64: masks do, activations and weights do not.
+    """Whether data consists of few different words, by a sample of about 100: masks do, activations do not.
 
     Measured: 2 to 3 microseconds for any size.
     """
     if len(data) < LEAST_DATA:
         return False
     words = memoryview(data)[: len(data) // _WORD * _WORD].cast("I")
-    # An odd step meets other channels in each row: one of a power of two would see the same one in all of them.
-    sample = words[:: len(words) // _SAMPLES | 1]
+    sample = words[:: int(_GOLDEN * len(words) / _SAMPLES) | 1]
     return 4 * len(set(sample)) <= len(sample)
 
 

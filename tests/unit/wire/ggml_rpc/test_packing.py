@@ -79,10 +79,12 @@ def test_masks_are_worth_it_and_activations_are_not(empty: bytes) -> None:
         full = mask(rows, columns, columns - rows, empty)
         assert is_worth_compressing(full)
         assert len(compress_data(full)) < len(full) / (20 if rows > 1 else 4)
-    # One channel of these is the same in all rows, as in some models.
+    # Some channels of these are the same in all rows, as in some models.
     for width in (256, 768, 1024, 4096):
-        rows = b"".join(bytes(4) + chance.randbytes(4 * width - 4) for _ in range(64))
-        assert not is_worth_compressing(rows)
+        for same in (1, 64, width // 4):
+            for rows in (1, 64, 128):
+                full = (bytes(4 * same) + chance.randbytes(4 * (width - same))) * rows
+                assert not is_worth_compressing(full), (width, same, rows)
     assert not is_worth_compressing(bytes(63))
     assert is_worth_compressing(bytes(64))
 
