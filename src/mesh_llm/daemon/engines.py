@@ -304,7 +304,8 @@ class Engines:
         model = self._machine.registry.find(plan.model)
         if model is None:
             raise _gone(plan.model)
-        batch = plan.micro_batch or batch_tokens(model.facts, plan.context)
+        pieces = 0 if plan.split is None else plan.split.micro_batch
+        batch = pieces or batch_tokens(model.facts, plan.context)
         offload, chosen = plan.offload, options.engine
         draft = self._draft(effect, model)
         return EngineSpec(

@@ -12,7 +12,7 @@ from mesh_llm.core.types.effects import Notice, StartEngine, StopEngine
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
-from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelKind
+from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelKind, SplitLayout, SplitShare
 from mesh_llm.core.types.model_settings import EngineOptions
 from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.daemon.engines import Engines
@@ -344,7 +344,8 @@ def test_an_input_that_cannot_be_divided_has_room_in_one_batch(
 
 def test_a_plan_says_how_many_tokens_of_a_prompt_are_computed_at_once() -> None:
     world = World()
-    planned = msgspec.structs.replace(plan("m"), micro_batch=128)
+    layout = SplitLayout(term=1, shares=(SplitShare(node=node_id(1), layers=16),), micro_batch=128)
+    planned = msgspec.structs.replace(plan("m"), split=layout)
     spec = world.engines.spec(StartEngine(plan=planned, options=LaunchOptions(), term=Term(1)))
     assert (spec.micro_batch, spec.batch) == (128, 2048)
 

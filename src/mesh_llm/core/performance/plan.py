@@ -545,5 +545,5 @@ def _split_answer(request: PlanRequest, plan: LaunchPlan, nodes: Sequence[PlanIn
         ring_ms=round(ring * 1e3, 3) if ring is not None else None,
         prompt_tps=_prompt_rate(read),
         first_token_s=_shown_seconds(read),
-        micro_batch=plan.micro_batch,
+        micro_batch=layout.micro_batch,
     )

@@ -34,7 +34,8 @@ CROSSING_SECONDS = 0.00005
 """For a result that goes from a GPU to the processor or back: a copy, and both wait for it. Not measured on a card."""
 
 MICRO_BATCH = 512
-"""Tokens of a prompt that an engine computes at once; in a split, machines work on different ones at the same time."""
+"""Tokens of a prompt that an engine computes at once, unless a layout says otherwise; in a split, machines work on
+different ones at the same time."""
 
 PROMPT_TOKENS = 2048
 """The prompt whose speed is predicted, since over several machines the speed depends on the length."""
@@ -183,7 +184,7 @@ def split_prompt_seconds(
     ring = _ring(layout, links)
     if ring is None or not facts.active_bytes or not facts.layers or tokens <= 0:
         return None
-    together = min(tokens, MICRO_BATCH)
+    together = min(tokens, layout.micro_batch or MICRO_BATCH)
     each = (facts.active_bytes - facts.head_bytes) / facts.layers
     stages: list[float] = []
     for share in layout.shares:

@@ -296,8 +296,12 @@ def _over(request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_ve
         slots=slots,
         memory_bytes=host.memory_bytes,
         cache_type=request.cache_type,
-        split=SplitLayout(term=term, shares=(host, *workers), rpc_version=rpc_version),
-        micro_batch=_micro_batch(request.facts, group),
+        split=SplitLayout(
+            term=term,
+            shares=(host, *workers),
+            rpc_version=rpc_version,
+            micro_batch=_micro_batch(request.facts, group),
+        ),
     )
 
 

@@ -291,11 +291,14 @@ class SplitLayout(msgspec.Struct, frozen=True, kw_only=True):
         term: rises with every change of host or shares.
         shares: the host, then the workers in the order in which a token visits them.
         rpc_version: ggml RPC protocol of all nodes.
+        micro_batch: tokens of a prompt that the host's engine has computed at once; 0: as many as usual
+            (`placement.fit.batch_tokens`), or not known here.
     """
 
     term: int
     shares: tuple[SplitShare, ...]
     rpc_version: str = ""
+    micro_batch: int = 0
 
     @property
     def host(self) -> SplitShare:
@@ -440,7 +443,6 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
         draft: the draft model found for it, if its memory is counted.
         split: the layout over several nodes; None: this node alone.
         offload: what is on the GPU and what in main memory, where both are needed; None: all on the node's devices.
-        micro_batch: tokens of a prompt that are computed at once; 0: as many as usual (`placement.fit.batch_tokens`).
     """
 
     model: ModelName
@@ -451,7 +453,6 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     draft: ModelName | None = None
     split: SplitLayout | None = None
     offload: Offload | None = None
-    micro_batch: int = 0
 
     @property
     def host_bytes(self) -> int:

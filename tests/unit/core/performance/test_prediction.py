@@ -104,12 +104,14 @@ def test_machines_of_a_ring_read_different_parts_of_a_prompt_at_once() -> None:
     alone = prompt_seconds(facts, BATCHES, 16 * MICRO_BATCH)
     assert alone is not None
 
-    def taken(count: int, delay: float = 0.0, rate: float = 0.0, tokens: int = 16 * MICRO_BATCH) -> float:
+    def taken(
+        count: int, delay: float = 0.0, rate: float = 0.0, tokens: int = 16 * MICRO_BATCH, piece: int = 0
+    ) -> float:
         shares = tuple(SplitShare(node=node, layers=facts.layers // count) for node in nodes[:count])
         link = Link(one_way_seconds=delay, bytes_per_second=rate)
         links = {(one, other): link for one in nodes for other in nodes if one < other}
         found = split_prompt_seconds(
-            facts, SplitLayout(term=1, shares=shares), dict.fromkeys(nodes, BATCHES), links, tokens
+            facts, SplitLayout(term=1, shares=shares, micro_batch=piece), dict.fromkeys(nodes, BATCHES), links, tokens
         )
         assert found is not None
         return found.total()
@@ -117,6 +119,8 @@ def test_machines_of_a_ring_read_different_parts_of_a_prompt_at_once() -> None:
     # The first micro-batch passes all machines before the last of them has work: 16 take 17 or 19 turns.
     assert taken(2) == pytest.approx(alone * 17 / 32, rel=0.05)
     assert taken(4) == pytest.approx(alone * 19 / 64, rel=0.05)
+    # Smaller ones fill the ring sooner: 64 take 67 turns of a quarter.
+    assert taken(4, piece=MICRO_BATCH // 4) == pytest.approx(alone * 67 / 256, rel=0.05)
     # One micro-batch gains nothing.
     one = prompt_seconds(facts, BATCHES, MICRO_BATCH)
     assert taken(4, tokens=MICRO_BATCH) == pytest.approx(one, rel=0.05)

@@ -695,4 +695,4 @@ def test_prompts_are_cut_smaller_where_no_gpu_computes(host: tuple[float, float]
     mesh.add(2, memory=7.0, host=host[1])
     mesh.passes(5.0)
     assert mesh.host() == 1
-    assert [plan.micro_batch for plan in mesh.machines[1].plans if plan.split is not None] == [expected]
+    assert [plan.split.micro_batch for plan in mesh.machines[1].plans if plan.split is not None] == [expected]
