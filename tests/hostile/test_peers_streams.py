@@ -16,6 +16,7 @@ from mesh_llm.wire.codec import encode
 from mesh_llm.wire.ggml_rpc.tunnel import SplitStream
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType, encode_header, frame
+from mesh_llm.wire.mesh.streams import CacheParameters, CacheQuestion
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -40,8 +41,8 @@ async def headers(peer: Rogue) -> None:
 
 
 async def wrong_scope(client: Rogue, server: Rogue) -> None:
-    """A client may not gossip; neither it nor a server may reach an RPC server."""
-    for kind in (StreamType.GOSSIP, StreamType.PROBE, StreamType.RPC, StreamType.PUSH):
+    """A client may not gossip, nor ask for prompt caches; neither it nor a server may reach an RPC server."""
+    for kind in (*(StreamType.GOSSIP, StreamType.PROBE, StreamType.RPC, StreamType.PUSH, StreamType.PROMPT_CACHE),):
         assert await refused(await client.typed(kind)) == "WRONG_SCOPE", kind
     for kind in (StreamType.RPC, StreamType.PUSH):
         assert await refused(await server.typed(kind)) == "WRONG_SCOPE", kind
@@ -71,6 +72,24 @@ async def rpc_of_no_host(peer: Rogue) -> None:
             )
         )
     )
+
+
+async def prompt_caches(peer: Rogue) -> None:
+    """A member asks for the prompt caches of others: in no order, without a question, or of what it does not know."""
+    proper = encode(CacheParameters(bytes(32), bytes(16)))
+    for parameters in (b"", b"\xc1" * 500, proper[:-1], bytes(8000)):
+        assert await refused(await peer.typed(StreamType.PROMPT_CACHE, parameters)) == "PROTOCOL"
+    for question in (frame(b""), frame(b"\x92\x90\x90"), b"\x00\x01\x00\x01", frame(bytes(65_536))):
+        stream = await peer.typed(StreamType.PROMPT_CACHE, proper)
+        await stream.write(question)
+        assert await refused(stream) == "PROTOCOL"
+    answer = b""
+    for _ in range(30):
+        stream = await peer.typed(StreamType.PROMPT_CACHE, proper)
+        await stream.write(frame(encode(CacheQuestion((bytes(16),), (bytes(16),)))))
+        answer = await everything(stream)
+        assert b"refused" in answer, answer[:100]
+    assert b"too often" in answer
 
 
 async def http(peer: Rogue) -> None:
@@ -139,7 +158,12 @@ async def test_misused_streams_are_reset_and_the_mesh_serves(start_node: StartNo
         for peer, scope in ((client, Scope.CLIENT), (server, Scope.SERVE), (splitter, Scope.SPLIT)):
             await peer.enter(treason.certificate(peer.key, scope))
         await asyncio.gather(
-            headers(client), wrong_scope(client, server), rpc_of_no_host(splitter), http(client), routes(client)
+            headers(client),
+            wrong_scope(client, server),
+            rpc_of_no_host(splitter),
+            http(client),
+            routes(client),
+            prompt_caches(server),
         )
         for node in (first, second):
             assert content(await chat(node, "tiny"))

@@ -100,6 +100,10 @@ class ApiServer:
         if caches is not None:
             self._upstream.caches = caches
 
+    def watch_moves(self, moved: Callable[[], tuple[int, int]]) -> None:
+        """Show in the metrics how many prompt caches came from other nodes, and how many went to them."""
+        self._accounting.metrics.watch_moves(moved)
+
     def use_names(self, default_model: str, aliases: Aliases) -> None:
         """Answer requests by these aliases, and those for unknown models by this one, from now on."""
         self._handler.use_names(default_model, aliases)

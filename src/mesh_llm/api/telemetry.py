@@ -415,6 +415,12 @@ class Metrics:
             ("model", "result"),
             registry=registry,
         )
+        self._moved = Gauge(
+            "mesh_llm_prompt_caches_moved",
+            "Prompt caches that came from other nodes (in), and that went to them (out), since start.",
+            ("direction",),
+            registry=registry,
+        )
         self._queued = Gauge("mesh_llm_queued", "Requests that wait for a place at a model.", registry=registry)
         self._key_requests = Counter(
             "mesh_llm_key_requests",
@@ -443,6 +449,11 @@ class Metrics:
     def watch_queue(self, waiting: Callable[[], int]) -> None:
         """Show how many requests are queued, as `waiting` says."""
         self._queued.set_function(waiting)
+
+    def watch_moves(self, moved: Callable[[], tuple[int, int]]) -> None:
+        """Show how many prompt caches were moved in and out, as `moved` says."""
+        self._moved.labels("in").set_function(lambda: moved()[0])
+        self._moved.labels("out").set_function(lambda: moved()[1])
 
     def series(self, model: str, target: str) -> Series:
         """The metrics of a model at a target."""

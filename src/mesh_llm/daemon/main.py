@@ -454,6 +454,7 @@ class Daemon:
         if engines.caches is not None:
             moves = PromptMoves(net, engines.caches, performance.measure_link, limit.take, self._clock)
             engines.caches.moves = moves
+            api.watch_moves(lambda: (moves.count.taken, moves.count.given))
             stack.push_async_callback(moves.close)
 
         devices = Devices(settings, machine, post, performance.devices_changed)

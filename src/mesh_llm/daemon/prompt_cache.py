@@ -270,7 +270,8 @@ class SlotCaches:
                     await self._bring_back(launch, prompt)
                     if elsewhere is not None and self.moves is not None:
                         await self._move(launch, prompt, elsewhere, self.moves)
-            except (SlotError, TimeoutError) as error:
+            except (SlotError, OSError) as error:
+                # A TimeoutError is an OSError too.
                 _log.warning("prompt cache not used", model=model, reason=str(error) or "it took too long")
         launch.count += 1
         begun = _Prompt(prompt, launch.count)

@@ -41,7 +41,7 @@ from mesh_llm.wire.llama_state import (
     structure,
 )
 from mesh_llm.wire.mesh.admission import Scope
-from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.frames import ResetCode, StreamType
 from mesh_llm.wire.mesh.streams import (
     MAX_CACHE_ANSWER,
     MAX_CACHE_LINKS,
@@ -59,7 +59,7 @@ from mesh_llm.wire.mesh.streams import (
     mark_proof,
 )
 
-_PER_PEER = 1
+_PER_PEER = 2
 _QUESTION_SECONDS = 5.0
 _LEAST_RATE = 2e6
 """Bytes a second that an asker must take: a slower one would keep others waiting."""
@@ -176,11 +176,11 @@ class PromptMoves:
     async def speed_of(self, node: NodeId, seconds: float) -> MoveSpeed | None:
         """What is known of the way from a node. Where it is unknown, it is measured, and awaited for so many seconds.
 
-        None also for a node that sent something odd within the last hour.
+        None also for a node that may not answer requests, and for one that sent something odd within the last hour.
         """
-        known = self._known(node)
-        now = self._clock()
-        if now < known.distrusted_until:
+        scope = self._net.scope_of(node)
+        known, now = self._known(node), self._clock()
+        if scope is None or scope < Scope.SERVE or now < known.distrusted_until:
             return None
         if now >= known.measure_at and known.measuring is None:
             known.measuring = self._scope.spawn(self._measure_link(node, known), f"measure {node[:10]}")
@@ -286,17 +286,17 @@ class PromptMoves:
         asked = decode_cache_parameters(parameters)
         if isinstance(asked, Malformed):
             raise stream.break_off(asked.reason)
-        async with asyncio.timeout(_QUESTION_SECONDS):
-            payload = await stream.read_frame(MAX_CACHE_QUESTION)
-        question = decode_cache_question(payload) if payload is not None else Malformed("no question")
-        if isinstance(question, Malformed):
-            raise stream.break_off(question.reason)
         try:
+            async with asyncio.timeout(_QUESTION_SECONDS):
+                payload = await stream.read_frame(MAX_CACHE_QUESTION)
+            question = decode_cache_question(payload) if payload is not None else Malformed("no question")
+            if isinstance(question, Malformed):
+                raise stream.break_off(question.reason)
             await self._give(stream, peer.node, asked, question)
         except _NothingError as error:
             await stream.write_frame(encode(CacheRefused(str(error))))
         except TimeoutError:
-            stream.abort()
+            stream.abort(ResetCode.TIMEOUT)
             return
         await stream.finish()
 

@@ -416,6 +416,14 @@ async def test_a_host_asks_the_node_that_another_one_names(header: str, holder: 
     assert caches.told == [expected]
 
 
+async def test_the_metrics_count_prompt_caches_that_move():
+    async with running_api() as api:
+        api.server.watch_moves(lambda: (2, 3))
+        text = (await api.get("/metrics")).text
+    assert 'mesh_llm_prompt_caches_moved{direction="in"} 2.0' in text
+    assert 'mesh_llm_prompt_caches_moved{direction="out"} 3.0' in text
+
+
 async def test_through_two_nodes():
     async with (
         fake_upstream() as engine,

@@ -22,7 +22,7 @@ from mesh_llm.net.mesh import MeshNet
 from mesh_llm.wire.codec import encode
 from mesh_llm.wire.llama_state import State, chain, plain_layout, read_state, structure
 from mesh_llm.wire.mesh.admission import Scope
-from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.frames import ResetCode, StreamType
 from mesh_llm.wire.mesh.streams import (
     MAX_CACHE_QUESTION,
     WANTED,
@@ -50,6 +50,10 @@ ALL = 768
 
 class Stream(BulkPipe):
     """One end of a PeerStream in memory."""
+
+    def abort(self, code: ResetCode = ResetCode.CANCELLED) -> None:
+        assert code in ResetCode
+        super().abort()
 
     def break_off(self, reason: str) -> ConnectionError:
         self.abort()
@@ -101,10 +105,14 @@ class Net:
         self.serve: Serve | None = None
         self.other: Net | None = None
         self.served: list[asyncio.Task[None]] = []
+        self.scope: Scope | None = Scope.SERVE
 
     def register(self, kind: StreamType, handler: Serve, *, scope: Scope, per_peer: int) -> None:
-        assert (kind, scope, per_peer) == (StreamType.PROMPT_CACHE, Scope.SERVE, 1)
+        assert (kind, scope, per_peer) == (StreamType.PROMPT_CACHE, Scope.SERVE, 2)
         self.serve = handler
+
+    def scope_of(self, node: NodeId) -> Scope | None:
+        return self.scope if node == HOLDER else None
 
     async def open(self, node: NodeId, kind: StreamType, parameters: bytes, scope: Scope) -> Stream:
         assert self.other is not None
@@ -306,6 +314,14 @@ async def test_any_question_is_refused_or_broken_off(pair: Pair, parameters: byt
     assert pair.holdings.asked == 0
 
 
+async def test_an_asker_that_says_nothing_is_left(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_moves, "_QUESTION_SECONDS", 0.05)
+    parameters = encode(CacheParameters(IDENTITY, b"n" * 16))
+    silent = await pair.net.open(HOLDER, StreamType.PROMPT_CACHE, parameters, Scope.SERVE)
+    with pytest.raises(ConnectionError):
+        await silent.read(1)
+
+
 async def test_a_holder_that_waits_for_an_answer_gives_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_moves, "_QUESTION_SECONDS", 0.05)
     key = cache_key(ASKER, HOLDER, b"n" * 16)
@@ -338,6 +354,15 @@ async def test_a_link_is_measured_once_and_corrected_by_moves(pair: Pair) -> Non
     again = await pair.asker.speed_of(HOLDER, 0.0)
     assert again is not None
     assert (again.link.bytes_per_second, again.lag) == (1e7, corrected.lag)
+
+
+async def test_only_members_that_may_answer_are_asked(pair: Pair) -> None:
+    """A peer can name any node: those that are not known are not even dialled."""
+    assert await pair.asker.speed_of(NodeId("d" * 64), 1.0) is None
+    for scope in (None, Scope.CLIENT):
+        pair.net.scope = scope
+        assert await pair.asker.speed_of(HOLDER, 1.0) is None
+    assert pair.measured == 0
 
 
 async def test_a_link_that_cannot_be_measured_moves_nothing(pair: Pair) -> None:
