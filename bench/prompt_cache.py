@@ -35,6 +35,8 @@ _CONTEXT = 9216
 _TOKENS_A_WORD = 2.9
 """Of the generated model's vocabulary, for the words of `prompt`."""
 _WAIT = 1800.0
+_SHORT = 800
+"""Tokens of the prompt by which the second node learns its own speed."""
 
 
 def long_model(directory: Path = _MODELS) -> Path:
@@ -128,7 +130,7 @@ async def _moved(tokens: int, number: int, scratch: Path, lab: NetLab) -> dict[s
     first = await NodeProcess.start(scratch / "first", host=0, **options)
     nodes = [first]
     try:
-        other = [{"role": "user", "content": prompt(number + 50, 600)}]
+        other = [{"role": "user", "content": prompt(number + 50, _SHORT)}]
         await first_token(first, other)
         messages = [{"role": "user", "content": prompt(number, tokens)}]
         read, read_timings, text = await first_token(first, messages)
