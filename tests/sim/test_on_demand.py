@@ -30,3 +30,11 @@ def test_where_there_is_too_little_room_models_take_turns_and_no_request_is_lost
     rooms, turn = 5, 5 * 8.0
     assert 12 <= found["loads"] <= rooms * (3.0 * 60.0 / turn * 2 + 1.0)
     assert found["longest_still_waiting_s"] < 12 * turn
+
+
+def test_where_there_is_too_little_room_nothing_goes_to_and_fro() -> None:
+    found = simulated(nodes=20, models=30, hosts=16, rate=4.5, minutes=4.0)
+    assert found["failed"] == 0
+    assert found["loaded_again_within_a_minute"] <= 1
+    # At 8 s each, a node would load for a fifth of the time at most.
+    assert found["loads"] / 16 / 4.0 < 1.5

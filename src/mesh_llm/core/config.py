@@ -215,6 +215,8 @@ class OnDemandPolicy(msgspec.Struct, frozen=True, kw_only=True):
         turn_loads: a model that is being used goes on for as long as so many of its loads take, while another one
             waits for its memory.
         longest_turn: but not for more seconds, unless its `min_lifetime` is longer.
+        contended: seconds for which turns are twice as long after a model was asked for again within two turns of being
+            unloaded for another one.
         linger: seconds after a request in which its model counts as used.
         refused: seconds for which a node that could not load a model is not asked again.
     """
@@ -230,6 +232,7 @@ class OnDemandPolicy(msgspec.Struct, frozen=True, kw_only=True):
     longest: float = 60.0
     turn_loads: float = 4.0
     longest_turn: float = 120.0
+    contended: float = 300.0
     linger: float = 1.0
     refused: float = 15.0
 

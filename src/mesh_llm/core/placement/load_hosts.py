@@ -2,11 +2,14 @@
 
 In this order: nodes where nobody has to wait for a turn; nodes with the file on disk before those that fetch it from
 another node, before those that fetch it from its source; where it fits now before where something idle must be
-unloaded; fast machines before slow ones; then by rendezvous, so that models spread evenly.
+unloaded; where what would be unloaded is asked for least; fast machines before slow ones; then by rendezvous, so that
+models spread evenly.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mesh_llm.core.placement.assignment import rendezvous
@@ -18,8 +21,18 @@ from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role
 _ON_DISK, _FROM_NEIGHBOUR, _FROM_SOURCE = range(3)
 _NOW, _IDLE, _IN_TURN = range(3)
 
+_LEAST_RATE = 0.05
+"""Requests a minute: less does not count."""
+
 Fits = Callable[[ModelFacts, Pools], bool]
 """Whether a model can be launched within this memory."""
+Rates = Callable[[AbstractSet[ModelName]], Mapping[ModelName, float]]
+"""Requests a minute, over the whole mesh, for each of these models."""
+
+
+def no_demand(models: AbstractSet[ModelName]) -> Mapping[ModelName, float]:
+    """Nothing is known of what is asked for."""
+    return dict.fromkeys(models, 0.0)
 
 
 class Place(NamedTuple):
@@ -32,6 +45,7 @@ class Place(NamedTuple):
         on_disk: the models there.
         speed: how fast it computes, in bytes of weights per second; 0 unknown.
         cards: GPUs that share its memory.
+        residents: what is loaded there: bytes of weights by model.
     """
 
     node: NodeId
@@ -40,6 +54,7 @@ class Place(NamedTuple):
     on_disk: Collection[ModelName]
     speed: int = 0
     cards: int = 1
+    residents: Mapping[ModelName, int] = MappingProxyType({})
 
 
 def place_of(member: Member) -> Place | None:
@@ -56,6 +71,7 @@ def place_of(member: Member) -> Place | None:
         on_disk=frozenset(facts.name for facts in announced.on_disk),
         speed=speed_of(announced.capacity),
         cards=max(1, len(announced.capacity.devices)),
+        residents={one.model: one.size_bytes for one in announced.serving if one.status is ModelStatus.WARM},
     )
 
 
@@ -64,7 +80,9 @@ def speed_of(capacity: Capacity) -> int:
     return capacity.speed.full.q4
 
 
-def rank_places(facts: ModelFacts, places: Iterable[Place], *, shared: bool, fits: Fits) -> Sequence[NodeId]:
+def rank_places(
+    facts: ModelFacts, places: Iterable[Place], *, shared: bool, fits: Fits, demand: Rates = no_demand
+) -> Sequence[NodeId]:
     """The nodes that could load a model, the best first.
 
     Args:
@@ -72,6 +90,7 @@ def rank_places(facts: ModelFacts, places: Iterable[Place], *, shared: bool, fit
         places: the nodes to choose among.
         shared: some node gives the model's file to others.
         fits: whether it can be launched within this memory.
+        demand: how much the mesh asks for models.
     """
     known: dict[Pools, bool] = {}
 
@@ -81,11 +100,11 @@ def rank_places(facts: ModelFacts, places: Iterable[Place], *, shared: bool, fit
             known[pools] = fits(facts, pools)
         return known[pools]
 
-    found: dict[NodeId, tuple[bool, int, int, int]] = {}
-    for place in places:
-        distance, offer = _distance(facts, place, shared=shared), place.offer
-        if distance is None:
-            continue
+    near = [(place, distance) for place in places if (distance := _distance(facts, place, shared=shared)) is not None]
+    rates = demand({model for place, _ in near for model in place.residents})
+    found: dict[NodeId, tuple[bool, int, int, int, int]] = {}
+    for place, distance in near:
+        offer = place.offer
         if fit(offer.free_bytes, offer.free_host_bytes, place.cards):
             level = _NOW
         elif fit(place.idle_bytes, offer.room_host_bytes, place.cards):
@@ -94,11 +113,23 @@ def rank_places(facts: ModelFacts, places: Iterable[Place], *, shared: bool, fit
             level = _IN_TURN
         else:
             continue
-        # By powers of two: measured speeds of equal machines differ a little.
+        # By powers of two: measured speeds of equal machines differ a little, and so does what is known of demand.
         pace = round(math.log2(place.speed)) if place.speed > 0 else 0
-        found[place.node] = (level == _IN_TURN, distance, level, -pace)
+        missed = 0 if level == _NOW else _missed(facts, place, rates)
+        found[place.node] = (level == _IN_TURN, distance, level, missed, -pace)
     order = {node: rank for rank, node in enumerate(rendezvous(facts.name, found))}
     return sorted(found, key=lambda node: (found[node], order[node]))
+
+
+def _missed(facts: ModelFacts, place: Place, rates: Mapping[ModelName, float]) -> int:
+    """How much is asked for what would have to be unloaded, if that is what is asked for least: in powers of two."""
+    short, rate = facts.size_bytes - place.offer.free_bytes - place.offer.free_host_bytes, 0.0
+    for model in sorted(place.residents, key=lambda one: (rates.get(one, 0.0), one)):
+        rate += rates.get(model, 0.0)
+        short -= place.residents[model]
+        if short <= 0:
+            break
+    return round(math.log2(rate / _LEAST_RATE)) if rate > _LEAST_RATE else 0
 
 
 def _distance(facts: ModelFacts, place: Place, *, shared: bool) -> int | None:

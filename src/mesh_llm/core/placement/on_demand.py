@@ -311,7 +311,7 @@ class OnDemand:
         if not self._refusal and entry.model not in self._models.excluded and (entry.model, me) not in self._refusals:
             places.append(self.residents.place())
         shared = entry.model in offered_models(self._members)
-        return rank_places(facts, places, shared=shared, fits=self._fits)
+        return rank_places(facts, places, shared=shared, fits=self._fits, demand=self.residents.demand)
 
     def _fits(self, facts: ModelFacts, pools: Pools) -> bool:
         return isinstance(plan_launch(facts, pools, self._models.options_for(facts.name)), LaunchPlan)
@@ -433,7 +433,9 @@ class OnDemand:
         def fits(chosen: Collection[ModelName]) -> bool:
             return self.residents.good(self.residents.check(facts, [*leaving, *chosen]), best)
 
-        room = make_room(residents, fits, self.policy, self._now)
+        contention = self.residents.contention
+        contention.wanted(model, seconds, self._now)
+        room = make_room(residents, fits, self.policy, self._now, contention.turns(self._now))
         if room is None:
             return self._refuse(entry, _NOBODY), False
         names = _listed(room.models)
@@ -449,6 +451,7 @@ class OnDemand:
             text = f"Unloading {name}: its memory is needed for {model}, which {who}."
             effects.append(Notice(level=NoticeLevel.INFO, code="model_unloaded", text=text, about=name))
             effects += models.rest(name, DRAIN, self._now, f"its memory is needed for {model}")
+            contention.unloaded(name, self._now)
         # Where no engine ran, its memory is free at once.
         if self.residents.good(self.residents.check(facts, ()), best):
             return [*effects, *self._begin(entry, facts)], False

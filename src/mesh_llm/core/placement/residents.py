@@ -4,7 +4,8 @@ It says what may be unloaded to make room, what is unloaded because nobody asks 
 a model that somebody in the mesh asks for.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from mesh_llm.core.config import NodeConfig, OnDemandPolicy
 from mesh_llm.core.placement.demand import Usage
@@ -13,7 +14,7 @@ from mesh_llm.core.placement.launches import Launch, LaunchOrder, Origin
 from mesh_llm.core.placement.load_hosts import Place, speed_of
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.placement.offload import USEFUL_CONTEXT
-from mesh_llm.core.placement.room import Resident, make_room
+from mesh_llm.core.placement.room import Contention, Resident, make_room
 from mesh_llm.core.types.announcement import LoadOffer, Member
 from mesh_llm.core.types.effects import AnyEffect, Notice, NoticeLevel
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -53,6 +54,7 @@ class Residents:
 
     Attributes:
         times: how long loads take here.
+        contention: whether models come back soon after they were unloaded here.
     """
 
     def __init__(self, config: NodeConfig, models: LocalModels, usage: Usage) -> None:
@@ -63,6 +65,7 @@ class Residents:
         self._awaited: Collection[ModelName] = ()
         self._now = 0.0
         self.times = LoadTimes()
+        self.contention = Contention(config.on_demand)
 
     @property
     def policy(self) -> OnDemandPolicy:
@@ -102,6 +105,7 @@ class Residents:
             lambda chosen: self.good(self.check(facts, [*leaving, *chosen]), best),
             self.policy,
             self._now,
+            self.contention.turns(self._now),
         )
         return room.models if room is not None else ()
 
@@ -239,7 +243,20 @@ class Residents:
             on_disk=self._models.on_disk.keys(),
             speed=speed_of(capacity),
             cards=max(1, len(capacity.devices)),
+            residents={
+                one.model: one.order.facts.size_bytes for one in self._models.launches if one.status is ModelStatus.WARM
+            },
         )
+
+    def demand(self, models: AbstractSet[ModelName]) -> Mapping[ModelName, float]:
+        """Requests a minute for each of these models, over the whole mesh."""
+        own = self._usage.demand.rates(self._now)
+        total = {model: own.get(model, 0.0) for model in models}
+        for member in self._members:
+            announced = member.announcement.demand
+            for model in models & announced.keys():
+                total[model] += announced[model]
+        return total
 
 
 def _span(seconds: float) -> str:

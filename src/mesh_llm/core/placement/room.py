@@ -2,7 +2,8 @@
 
 A model is not unloaded while it answers, if it is pinned, or soon after its load. What is being used goes on for a turn
 at least. So two models that do not fit together take turns by batches of requests: while one has its turn, the requests
-for the other wait; when the turn is over, new requests for the first wait in their place.
+for the other wait; when the turn is over, new requests for the first wait in their place. Where a model is asked for
+again soon after it was unloaded, turns are twice as long for a while (`Contention`): more requests share a load.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 from mesh_llm.core.config import OnDemandPolicy
 from mesh_llm.core.types.ids import ModelName
+
+_MOST_UNLOADED = 256
 
 
 class Resident(NamedTuple):
@@ -33,15 +36,41 @@ class Resident(NamedTuple):
     min_lifetime: float | None = None
     needed: bool = False
 
-    def free_at(self, policy: OnDemandPolicy) -> float:
-        """When it may be unloaded, as far as can be said now."""
+    def free_at(self, policy: OnDemandPolicy, turns: float = 1.0) -> float:
+        """When it may be unloaded, as far as can be said now. `turns`: how many turns make one."""
         fixed = policy.min_lifetime if self.min_lifetime is None else self.min_lifetime
         stays = min(max(policy.shortest, self.load_seconds), policy.longest) if fixed is None else fixed
-        turn = self.since + max(stays, min(policy.longest_turn, policy.turn_loads * self.load_seconds))
+        turn = self.since + max(stays, min(policy.longest_turn, turns * policy.turn_loads * self.load_seconds))
         if self.busy or self.needed:
             return turn
         # What was used a moment ago is probably used again in a moment.
         return max(self.since + stays, min(self.last_used + min(policy.linger, stays), turn))
+
+
+class Contention:
+    """Whether this node's models take turns so fast that a model comes back soon after it was unloaded for another."""
+
+    def __init__(self, policy: OnDemandPolicy) -> None:
+        self._policy = policy
+        self._unloaded: dict[ModelName, float] = {}
+        self._until = float("-inf")
+
+    def unloaded(self, model: ModelName, now: float) -> None:
+        """A model is unloaded for another one."""
+        self._unloaded.pop(model, None)
+        self._unloaded[model] = now
+        if len(self._unloaded) > _MOST_UNLOADED:
+            del self._unloaded[next(iter(self._unloaded))]
+
+    def wanted(self, model: ModelName, load_seconds: float, now: float) -> None:
+        """A model is to be loaded, and something else must go. `load_seconds`: how long its load takes."""
+        soon = min(self._policy.longest_turn, 2.0 * self._policy.turn_loads * load_seconds)
+        if now - self._unloaded.get(model, float("-inf")) < soon:
+            self._until = now + self._policy.contended
+
+    def turns(self, now: float) -> float:
+        """How many turns make one at present."""
+        return 2.0 if now < self._until else 1.0
 
 
 class Room(NamedTuple):
@@ -56,12 +85,14 @@ def make_room(
     fits: Callable[[Collection[ModelName]], bool],
     policy: OnDemandPolicy,
     now: float,
+    turns: float = 1.0,
 ) -> Room | None:
     """The least recently used models whose room is enough; None: all of them together are not.
 
-    `fits`: whether the wanted model fits once these are unloaded. Nothing is unloaded before all of it can be.
+    `fits`: whether the wanted model fits once these are unloaded. Nothing is unloaded before all of it can be. `turns`:
+    see `Resident.free_at`.
     """
-    times = {one.model: one.free_at(policy) for one in residents}
+    times = {one.model: one.free_at(policy, turns) for one in residents}
     used = {one.model: one.last_used for one in residents}
     order = sorted(times, key=lambda model: (max(0.0, times[model] - now), used[model], model))
     chosen: list[ModelName] = []

@@ -1,7 +1,9 @@
+from collections.abc import Collection
+
 import msgspec
 from tests.support.core_values import GB, facts, member, node_id, serving
 
-from mesh_llm.core.placement.load_hosts import Place, place_of, rank_places
+from mesh_llm.core.placement.load_hosts import Place, Rates, no_demand, place_of, rank_places
 from mesh_llm.core.placement.offload import Pools
 from mesh_llm.core.types.announcement import LoadOffer, may_load
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -21,11 +23,11 @@ def place(number: int, *on_disk: str, free: float = 8.0, room: float = 0.0, spee
     )
 
 
-def ranked(*places: Place, shared: bool = True, model: ModelFacts = MODEL) -> list[NodeId]:
+def ranked(*places: Place, shared: bool = True, model: ModelFacts = MODEL, demand: Rates = no_demand) -> list[NodeId]:
     def fits(wanted: ModelFacts, pools: Pools) -> bool:
         return pools.device >= wanted.size_bytes
 
-    return list(rank_places(model, places, shared=shared, fits=fits))
+    return list(rank_places(model, places, shared=shared, fits=fits, demand=demand))
 
 
 def test_the_disk_here_comes_before_a_neighbour_and_before_the_source() -> None:
@@ -54,6 +56,29 @@ def test_fast_machines_come_first_and_equal_ones_in_one_order_for_all() -> None:
     assert ranked(slow, fast) == [node_id(2), node_id(1)]
     equal = [place(number, "red", speed=10**9 + number) for number in range(8)]
     assert ranked(*equal) == ranked(*reversed(equal))
+
+
+def test_what_is_asked_for_least_makes_room() -> None:
+    """Else a popular model goes, and is loaded again at once."""
+    rates = {"popular": 20.0, "usual": 4.0, "equal": 4.1, "rare": 0.1}
+
+    def full(number: int, **residents: float) -> Place:
+        sizes = {ModelName(name): int(size * GB) for name, size in residents.items()}
+        return place(number, "red", free=0.0, room=8.0, speed=10**9 * number)._replace(residents=sizes)
+
+    def demand(models: Collection[ModelName]) -> dict[ModelName, float]:
+        return {model: rates[model] for model in models}
+
+    def order(*places: Place) -> list[NodeId]:
+        return ranked(*places, demand=demand)
+
+    popular, usual, rare = full(3, popular=4.0), full(2, usual=4.0), full(1, rare=4.0)
+    assert order(popular, usual, rare) == [rare.node, usual.node, popular.node]
+    # One of two is enough; else both count.
+    assert order(usual, full(1, popular=4.0, rare=4.0)) == [node_id(1), node_id(2)]
+    assert order(usual, full(1, popular=3.0, rare=3.0)) == [node_id(2), node_id(1)]
+    # Nearly the same demand is the same: the faster machine comes first.
+    assert order(usual, full(9, equal=4.0)) == [node_id(9), node_id(2)]
 
 
 def test_what_fits_nowhere_is_asked_nowhere() -> None:

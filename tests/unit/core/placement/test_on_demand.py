@@ -4,6 +4,7 @@ from random import Random
 from typing import Any
 
 import msgspec
+import pytest
 from tests.support.core_values import GB, MESH, facts, member, node_id, serving
 from tests.support.fake_peers import FakePeers
 
@@ -247,8 +248,16 @@ def test_two_models_without_room_for_both_take_turns_by_batches() -> None:
     machine.asks("green", 0)
     machine.uses("green", 2)
     assert "takes turns with green" in machine.state("red").text
-    machine.wait(20.0)
+    # The first comes back soon: turns are twice as long from now on, and who waits is told the time of its own.
+    ready = machine.state("red").ready_at
+    assert ready is not None
+    machine.wait(12.0)
+    assert machine.starts == ["red", "green"]
+    machine.wait(6.0)
     assert machine.starts == ["red", "green", "red"]
+    machine.wait(2.0)
+    assert machine.status("red") is ModelStatus.WARM
+    assert abs(machine.now - ready) < 3.0
 
 
 def test_what_others_ask_for_is_kept_for_a_turn_where_it_is_the_last_host() -> None:
@@ -302,6 +311,53 @@ def test_a_dropped_model_is_loaded_by_no_request() -> None:
     machine.do(LoadRequested(model=ModelName("red")))
     machine.wait(3.0)
     assert machine.starts == ["red", "red"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_who_waits_for_a_model_that_is_dropped_is_told_what_to_type(*, begun: bool) -> None:
+    """While it waits for its turn, and while it is loading."""
+    machine = Machine(load=4.0)
+    if begun:
+        machine.asks("red")
+    else:
+        machine.loads("green", 5.0)
+        machine.uses("green", 1)
+        machine.asks("red")
+    machine.wait(1.0)
+    assert machine.starts == (["red"] if begun else ["green"])
+    machine.do(DropRequested(model=ModelName("red")))
+    machine.wait(1.0)
+    assert "mesh-llm load red" in machine.state("red").problem
+    # The API takes the requests back, then.
+    machine.asks("red", 0)
+    machine.wait(60.0)
+    assert machine.starts == (["red"] if begun else ["green"])
+    assert machine.stops == (["red"] if begun else [])
+
+
+def test_who_waits_for_a_model_that_is_dropped_here_gets_it_from_another_node_that_has_it() -> None:
+    machine = Machine(load=4.0)
+    machine.peers.set(member(2, on_disk=(facts("red", 4.0),), loads=LOADS))
+    machine.asks("red", here=False)
+    machine.wait(1.0)
+    machine.do(DropRequested(model=ModelName("red")))
+    machine.wait(1.0)
+    assert not machine.state("red").problem
+    assert any(isinstance(one, AskForLoad) and one.node == OTHER for one in machine.effects)
+
+
+def test_a_load_that_has_not_begun_when_its_last_client_leaves_does_not_begin() -> None:
+    machine = Machine(load=4.0)
+    machine.loads("green", 5.0)
+    machine.uses("green", 1)
+    machine.asks("red", 2)
+    machine.wait(1.0)
+    machine.asks("red", 1)
+    assert "takes turns" in machine.state("red").text
+    machine.asks("red", 0)
+    machine.wait(60.0)
+    assert (machine.starts, machine.stops) == (["green"], [])
+    assert not machine.routes.awaited
 
 
 def test_nothing_is_loaded_where_that_is_off_or_for_others() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh_llm.core.config import OnDemandPolicy
-from mesh_llm.core.placement.room import Resident, make_room
+from mesh_llm.core.placement.room import Contention, Resident, make_room
 from mesh_llm.core.types.ids import ModelName
 
 POLICY = OnDemandPolicy(scope="members")
@@ -50,6 +50,25 @@ def test_what_is_used_keeps_its_turn() -> None:
     assert busy.free_at(POLICY) == NOW + POLICY.turn_loads * 5.0
     assert busy._replace(busy=False, needed=True).free_at(POLICY) == NOW + POLICY.turn_loads * 5.0
     assert busy._replace(load_seconds=500.0).free_at(POLICY) == NOW + POLICY.longest_turn
+
+
+def test_turns_are_longer_for_a_while_where_a_model_comes_back_soon() -> None:
+    contention, red = Contention(POLICY), ModelName("red")
+    contention.wanted(red, 5.0, NOW)
+    contention.unloaded(red, NOW)
+    assert contention.turns(NOW) == 1.0
+    later = Contention(POLICY)
+    later.unloaded(red, NOW)
+    later.wanted(red, 5.0, NOW + 2.0 * POLICY.turn_loads * 5.0)
+    assert later.turns(NOW + 60.0) == 1.0
+    contention.wanted(red, 5.0, NOW + 30.0)
+    assert contention.turns(NOW + 31.0) == 2.0
+    assert contention.turns(NOW + 30.0 + POLICY.contended) == 1.0
+    busy = resident("busy", since=NOW, used=NOW, busy=True, load_seconds=5.0)
+    assert busy.free_at(POLICY, 2.0) == NOW + 2.0 * POLICY.turn_loads * 5.0
+    # What nobody uses makes room as before: a user who asks for two models in turn does not wait.
+    idle = busy._replace(busy=False)
+    assert idle.free_at(POLICY, 2.0) == idle.free_at(POLICY)
 
 
 def test_what_is_idle_goes_before_what_is_used() -> None:
