@@ -48,6 +48,8 @@ async def test_what_an_rpc_server_lends_is_measured_and_nothing_stays(rpc_embedd
     assert measured.cores == 0
     assert measured.full_step_ns > 0
     assert min(measured.full.f16, measured.full.q8, measured.full.q4) > 0
+    # A weight that is read once serves many tokens of a prompt.
+    assert measured.batch.f16 > 0
     (command,) = own.launched
     assert not [one for one in psutil.process_iter() if command.argv[-2] in _words(one)]
 
@@ -57,6 +59,7 @@ async def test_the_processor_is_measured_by_the_wheel(rpc_embedded: EmbeddedSour
     measured = await speed_with(source_of(own), ("CPU",), CACHE)
     assert measured is not None
     assert measured.cores > 0
+    assert min(measured.batch.f16, measured.batch.q8, measured.batch.q4) > 0
     assert not own.launched
 
 
