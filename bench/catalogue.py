@@ -43,6 +43,12 @@ ALL = (
         "what passive nodes cost the node they ask, in memory",
         quick=("--clients", "20"),
     ),
+    Benchmark(
+        "mesh.idle",
+        "bench.mesh.idle",
+        "what an idle node among ten costs, in CPU time",
+        quick=("--nodes", "4", "--seconds", "20"),
+    ),
     Benchmark("mesh.models", "bench.mesh.models", "a model taken from neighbours against plain bytes on a stream"),
     Benchmark(
         "on_demand.swaps",

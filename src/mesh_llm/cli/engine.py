@@ -12,7 +12,7 @@ from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, animated, print_json, printable, sign, styled
 from mesh_llm.console.schema import Status
 from mesh_llm.core.types.errors import MeshError, size
-from mesh_llm.daemon.doctor import Finding, Verdict, examine, nodes_here
+from mesh_llm.daemon.doctor import Finding, Verdict, check_peers, examine, nodes_here
 from mesh_llm.engine.accelerators import installation as accelerators
 from mesh_llm.engine.accelerators.build import Step
 from mesh_llm.engine.accelerators.index import UNHASHED, VARIABLE, Index, Wheel, configured
@@ -65,7 +65,7 @@ async def _engines(home: Home | MeshError, bin_dir: Path | None) -> list[EngineI
 
 
 def _of_the_node(home: Home) -> list[Finding]:
-    """Problems that the running nodes report, if any run."""
+    """Problems that the running nodes report, if any run, and how they reach their peers."""
     found: list[Finding] = []
     for node in nodes_here(home):
         try:
@@ -84,6 +84,7 @@ def _of_the_node(home: Home) -> list[Finding]:
             for model in status.models
             if model.status == "failed"
         ]
+        found += check_peers(status.peers)
     return found
 
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 import msgspec
 import psutil
 
+from mesh_llm.console.schema import StatusPeer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
 from mesh_llm.engine.confinement.policy import described
@@ -27,6 +28,7 @@ from mesh_llm.service_manager.installation import managers
 
 _LOW_DISK = 5 * 10**9
 _LOW_MEMORY = 2 * 10**9
+_OPEN_TCP = "Requests and split models are faster over TCP. Let it through to the port of `--quic-port` there."
 
 
 class Verdict(StrEnum):
@@ -269,6 +271,22 @@ def check_network() -> list[Finding]:
                 hint="Connect it to a network.",
             )
         )
+    return found
+
+
+def check_peers(peers: Sequence[StatusPeer]) -> list[Finding]:
+    """What carries requests to each node that a running node is connected with, and why that is not TCP."""
+    found: list[Finding] = []
+    for peer in peers:
+        name = peer.name or peer.node_id[:10]
+        if peer.transport == "tcp":
+            found.append(_ok("peers", f"{name} is reached over TCP"))
+        elif peer.transport:
+            way = "through a relay" if peer.transport == "relay" else "over QUIC"
+            reason = peer.transport_reason or "TCP is tried with the first request"
+            hint = _OPEN_TCP if reason.startswith("TCP") and peer.transport_reason else ""
+            text = f"{name} is reached {way}: {reason}"
+            found.append(Finding(topic="peers", verdict=Verdict.OK, text=text, hint=hint))
     return found
 
 

@@ -1,4 +1,5 @@
-from mesh_llm.daemon.doctor import Finding, Verdict, check_devices, check_engines, check_service
+from mesh_llm.console.schema import StatusPeer
+from mesh_llm.daemon.doctor import Finding, Verdict, check_devices, check_engines, check_peers, check_service
 from mesh_llm.engine.devices import Machine
 from mesh_llm.engine.spec import DeviceInfo, DeviceKind, EngineInfo, EnginePart, PartState
 from mesh_llm.service_manager.control import Problem, ServiceStatus
@@ -57,3 +58,28 @@ def test_a_service_and_its_problems_are_shown() -> None:
     first, second = check_service([well, ill, absent])
     assert (first.verdict, first.text) == (Verdict.OK, "a service of this user: active, serves tiny")
     assert (second.verdict, second.text, second.hint) == (Verdict.WARNING, "It is gone.", "Install it.")
+
+
+def test_what_carries_requests_to_each_peer_is_said_and_why_it_is_not_tcp() -> None:
+    def peer(name: str, transport: str, reason: str = "") -> StatusPeer:
+        return StatusPeer(
+            node_id="ab" * 32, name=name, role="serve", state="alive", transport=transport, transport_reason=reason
+        )
+
+    found = check_peers(
+        [
+            peer("fast", "tcp"),
+            peer("new", "quic"),
+            peer("walled", "quic", "TCP gave no answer within 3 s"),
+            peer("far", "relay", "the nodes do not reach each other directly"),
+            peer("gone", ""),
+        ]
+    )
+    assert [one.text for one in found] == [
+        "fast is reached over TCP",
+        "new is reached over QUIC: TCP is tried with the first request",
+        "walled is reached over QUIC: TCP gave no answer within 3 s",
+        "far is reached through a relay: the nodes do not reach each other directly",
+    ]
+    assert ["--quic-port" in one.hint for one in found] == [False, False, True, False]
+    assert {one.verdict for one in found} == {Verdict.OK}
