@@ -27,6 +27,8 @@ _MAX_UNREAD = 64 * 1024 * 1024
 """Bytes of a body that are dropped after its answer to keep the connection usable."""
 _MAX_LINGERING = 1024 * 1024 * 1024
 _LINGER_SECONDS = 30.0
+_LAST_LOOK = 0.01
+"""Seconds within which sockets are looked at, whatever else there is to do."""
 _MAX_HEADERS = 128
 _MAX_TARGET = 8 * 1024
 
@@ -214,6 +216,10 @@ class BoundedProtocol(HttpProtocol):
             self._head_timer = None
 
     def _head_overdue(self) -> None:
+        """Look once more: a timer can be due before what came while the node was busy has been read."""
+        self._head_timer = self.loop.call_later(_LAST_LOOK, self._head_missing)
+
+    def _head_missing(self) -> None:
         self._head_timer = None
         if self._is_answering:
             self._expect_head()

@@ -3,8 +3,10 @@
 import asyncio
 import re
 import socket
+import threading
 
 import pytest
+import uvloop
 from tests.support.api_harness import HERE, THERE, Api, local, peer_streams, remote, route, running_api
 from tests.support.fake_upstream import Call, fake_upstream
 
@@ -360,3 +362,30 @@ async def test_who_goes_on_sending_for_ever_is_cut(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(protocol, "_MAX_LINGERING", 10_000_000)
         with pytest.raises(ConnectionError):
             await uploaded(api, head, 500)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\n"])
+def test_a_head_that_came_while_the_node_was_busy_is_no_late_one(begun: bytes) -> None:
+    """With uvloop, which the daemon uses, a timer can be due before its socket is looked at again."""
+
+    async def ask() -> bytes:
+        async with running_api(config=ApiConfig(port=0, head_seconds=0.2)) as api:
+            loop = asyncio.get_running_loop()
+            wakes, wake = socket.socketpair()
+            with wakes, wake, socket.socket() as client:
+                client.setblocking(False)
+                await loop.sock_connect(client, ("127.0.0.1", api.port))
+                client.send(begun)
+
+                def busy() -> None:
+                    loop.remove_reader(wakes)
+                    client.send(GET[len(begun) :])
+                    threading.Event().wait(0.3)
+
+                loop.add_reader(wakes, busy)
+                await asyncio.sleep(0.1)
+                wake.send(b"!")
+                return await loop.sock_recv(client, 4096)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert statuses(runner.run(ask())) == [503]
