@@ -1,7 +1,7 @@
 """What the console and the command line may ask of this daemon, and where the console listens."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -174,16 +174,24 @@ class DaemonManagement:
                 status=400,
             )
         if isinstance(found, NotFound):
-            listed = ", ".join(served) or "none"
-            verb = "unload" if rest else "drop"
-            raise MeshError(
-                code="model_not_served",
-                message=f"This node does not serve {model}.",
-                hint=f"Served here: {listed}. For another node's model, type it on that node: mesh-llm {verb} MODEL",
-                status=404,
-            )
+            raise self._not_served(model, served, "unload" if rest else "drop")
         self._post(DropRequested(model=ModelName(found), drain_seconds=drain_seconds, rest=rest))
         return found
+
+    def _not_served(self, model: str, served: Iterable[str], verb: str) -> MeshError:
+        """No model of this node's; names the nodes that serve it, and what to type there."""
+        theirs = {serving.model: serving.aliases for one in self._node.members for serving in one.announcement.serving}
+        found = match(model, theirs)
+        hosts = [] if isinstance(found, Ambiguous | NotFound) else [m for m in self._node.members if m.hosts(found)]
+        if hosts:
+            where = f"on {hosts[0].label}" if len(hosts) == 1 else "on each of them"
+            message = f"This node does not serve {found}. {' and '.join(host.label for host in hosts)} "
+            message += "does." if len(hosts) == 1 else "do."
+            hint = f"Type {where}: mesh-llm {verb} {found}"
+        else:
+            message = f"This node does not serve {model}, and no other node does."
+            hint = f"Served here: {', '.join(served) or 'none'}."
+        return MeshError(code="model_not_served", message=message, hint=hint, status=404)
 
     async def stop(self, drain_seconds: float) -> None:
         """End the daemon."""

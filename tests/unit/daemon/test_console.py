@@ -160,9 +160,24 @@ async def test_dropping_names_what_is_served_here() -> None:
     world.node.handle(Tick(), 1.0)
     assert await world.management.drop("M", 7.0) == "m"
     assert world.events == [DropRequested(model=ModelName("m"), drain_seconds=7.0)]
-    with pytest.raises(MeshError, match="does not serve theirs") as refused:
+    with pytest.raises(MeshError, match="no other node does") as refused:
+        await world.management.drop("nobodys", 7.0)
+    assert refused.value.hint == "Served here: m."
+
+
+async def test_dropping_names_the_nodes_that_serve_it_and_what_to_type_there() -> None:
+    world = World("m")
+    world.peers.set(member(2, serving("theirs")))
+    world.node.handle(Tick(), 1.0)
+    with pytest.raises(MeshError, match=r"^This node does not serve theirs\. node2 does\.") as refused:
+        await world.management.drop("Theirs", 7.0, rest=True)
+    assert refused.value.hint == "Type on node2: mesh-llm unload theirs"
+    world.peers.set(member(2, serving("theirs")), member(3, serving("theirs")))
+    world.node.handle(Tick(), 2.0)
+    with pytest.raises(MeshError, match=r"node2 and node3 do\.") as refused:
         await world.management.drop("theirs", 7.0)
-    assert "Served here: m" in refused.value.hint
+    assert refused.value.hint == "Type on each of them: mesh-llm drop theirs"
+    assert world.events == []
 
 
 async def test_stopping_refuses_changes_from_then_on() -> None:
