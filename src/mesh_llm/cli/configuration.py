@@ -295,7 +295,7 @@ class ConfigurationSource:
 
     def load(self) -> Configuration:
         """Read everything. Raises MeshError: also where options contradict each other."""
-        from mesh_llm.cli.settings import to_settings
+        from mesh_llm.cli.settings import exposed_secrets, to_settings
 
         files = read_files()
         chosen = choose(self._given, self._environment, files)
@@ -314,6 +314,7 @@ class ConfigurationSource:
             settings=msgspec.structs.replace(settings, model_settings=tables.models, aliases=tables.aliases),
             values={key: repr(one.value) for key, one in chosen.items()},
             files=tuple(file.path for file in files),
+            exposed=exposed_secrets(options, self._environment),
         )
 
 

@@ -1,6 +1,7 @@
 """`mesh-llm serve`, and `mesh-llm` alone: run a node, and show how it starts and what to do next."""
 
 import os
+import shlex
 import sys
 import time
 from typing import Any, NoReturn, Protocol, TextIO
@@ -347,6 +348,12 @@ def run_serve(options: dict[str, Any]) -> NoReturn:
         click.echo(
             "warning: other users of this machine can read --api-key in the list of processes.\n"
             "  Use --api-key-file FILE, or set MESH_LLM_API_KEY.",
+            err=True,
+        )
+    for file in read.exposed:
+        click.echo(
+            f"warning: other users of this machine can read the secrets in {file}.\n"
+            f"  Type: chmod 600 {shlex.quote(str(file))}",
             err=True,
         )
     display = choose_display()

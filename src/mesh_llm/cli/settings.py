@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -281,6 +282,14 @@ def read_api_keys(values: Iterable[str], environment: str | None) -> tuple[str, 
                 hint="Use printable ASCII without spaces. Make a key with: openssl rand -hex 24",
             )
     return tuple(dict.fromkeys(keys))
+
+
+def exposed_secrets(options: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[Path, ...]:
+    """Files with API keys or invites that other users can read; none where permissions are not POSIX's."""
+    keys = (*options["api_keys"], environment.get(_KEY_VARIABLE, ""))
+    files = (*options["api_key_files"], *options["token_files"], *(key[1:] for key in keys if key.startswith("@")))
+    paths = [path for path in map(expand, files) if os.name == "posix" and path.is_file()]
+    return tuple(path for path in paths if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
 
 
 def read_key_limits(values: Iterable[str], keys: Iterable[str]) -> dict[str, KeyLimit]:

@@ -196,8 +196,10 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
         settings: what it means.
         values: each option by its name in a file, to compare with what was read before. Holds secrets.
         files: the files that were read.
+        exposed: files with API keys or invites that other users of this machine can read.
     """
 
     settings: Settings
     values: dict[str, str] = {}
     files: tuple[Path, ...] = ()
+    exposed: tuple[Path, ...] = ()

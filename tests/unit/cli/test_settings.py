@@ -11,6 +11,7 @@ from mesh_llm.api.types import KeyLimit
 from mesh_llm.cli.options import serve_options
 from mesh_llm.cli.settings import (
     PERIOD_VARIABLE,
+    exposed_secrets,
     most_slots,
     read_api_keys,
     read_invites,
@@ -252,6 +253,18 @@ def test_keys_from_file_and_environment(tmp_path: Path) -> None:
     assert read_api_keys((f"@{file}", "three"), "four") == ("one", "two", "three", "four")
     assert read_api_keys((), f"@{file}") == ("one", "two")
     assert to_settings(parse("--api-key-file", str(file), "--api-key", "five")).api_keys == ("five", "one", "two")
+
+
+def test_files_with_secrets_that_others_can_read(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("own", "group", "all", "named", "invite")]
+    for file, mode in zip(files, (0o600, 0o640, 0o604, 0o644, 0o644), strict=True):
+        file.write_text("key\n")
+        file.chmod(mode)
+    own, group, everybody, named, invite = map(str, files)
+    options = parse("--api-key-file", own, "--api-key-file", group, "--api-key", f"@{everybody}", "--join-file", invite)
+    exposed = exposed_secrets(options, {"MESH_LLM_API_KEY": f"@{named}"})
+    assert exposed == tuple(map(Path, (group, invite, everybody, named)))
+    assert exposed_secrets(parse("--api-key-file", str(tmp_path / "none"), "--api-key", "k"), {}) == ()
 
 
 @pytest.mark.parametrize("key", ["a b", "a\nb", "schlüssel", "\x1b[31m"])
