@@ -35,6 +35,13 @@ class MethodNotAllowedError(MeshError):
     allow: str = ""
 
 
+def method_not_allowed(allowed: str) -> MethodNotAllowedError:
+    """405; `allowed`: the method that the path takes."""
+    return MethodNotAllowedError(
+        "method_not_allowed", "This path does not take that method.", f"Use {allowed}.", 405, allow=allowed
+    )
+
+
 class Dialect(Enum):
     """Whose API a path belongs to."""
 

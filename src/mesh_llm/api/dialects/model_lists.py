@@ -1,12 +1,19 @@
-"""Models as Anthropic lists them; a client asks for this form by the header `anthropic-version`."""
+"""Models as other vendors than OpenAI list them: Anthropic, LM Studio.
 
-from collections.abc import Sequence
+A client asks for Anthropic's form by the header `anthropic-version`. LM Studio's (`/api/v0/models`) is that of its
+documentation of its REST API, "GET /api/v0/models".
+"""
+
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 import msgspec
 
+from mesh_llm.api.dialects.ollama.catalogue import quantization
+from mesh_llm.api.json_values import Json
 from mesh_llm.api.request import query_fields
 from mesh_llm.core.routing.ranking import ModelRoute
+from mesh_llm.core.types.model import ModelKind, ModelStatus
 
 _MOST, _USUAL = 1000, 20
 
@@ -57,4 +64,26 @@ def anthropic_list(routes: Sequence[ModelRoute], query: str) -> dict[str, object
         "has_more": start > 0 if backwards else start + len(page) < end,
         "first_id": page[0].name if page else None,
         "last_id": page[-1].name if page else None,
+    }
+
+
+_TYPES = {ModelKind.CHAT: "llm", ModelKind.EMBEDDING: "embeddings"}
+
+
+def lm_studio_list(routes: Iterable[ModelRoute]) -> Json:
+    """The answer to `/api/v0/models`."""
+    return {"object": "list", "data": [lm_studio_model(route) for route in routes]}
+
+
+def lm_studio_model(route: ModelRoute) -> Json:
+    """The answer to `/api/v0/models/NAME`, and an entry of the list."""
+    return {
+        "id": route.name,
+        "object": "model",
+        "type": _TYPES.get(route.kind, route.kind.value),
+        "publisher": route.owner or "mesh-llm",
+        "compatibility_type": "gguf",
+        "quantization": quantization(route.name, None, None),
+        "state": "loaded" if route.status is ModelStatus.WARM else "not-loaded",
+        "max_context_length": route.context,
     }

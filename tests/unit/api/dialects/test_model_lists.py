@@ -4,7 +4,7 @@ from typing import Any
 
 from tests.support.api_harness import route
 
-from mesh_llm.api.dialects.anthropic_models import anthropic_list
+from mesh_llm.api.dialects.model_lists import anthropic_list
 
 ROUTES = [route(name) for name in ("a", "b", "c", "d", "e")]
 
