@@ -1,7 +1,8 @@
 """Try clients of pinned versions against the engine alone, a node, and a client node: `python -m bench conform`.
 
 `--write` puts the tables into docs/clients.md; rows of clients that were not run stay. Exit status 1 where a case
-fails through mesh-llm that passes on the engine alone.
+fails through mesh-llm that passes on the engine alone. `--suite NAME --prepare` installs what is too large to be
+installed unasked: agents, and generators of load.
 """
 
 import argparse
@@ -10,12 +11,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.common import ROOT
 from bench.conform import report, suites
-from bench.conform.places import ENGINE, Place, places
+from bench.conform.places import ENGINE, Place, agent_places, places
 from bench.conform.report import Outcome, Result
 from bench.conform.suites import Suite
 
@@ -23,9 +24,9 @@ PAGE = ROOT / "docs" / "clients.md"
 _SUITE_SECONDS = 600
 
 
-def prepare() -> None:
-    """Install the libraries of all suites; says which cannot be tried here."""
-    for suite in suites.ALL:
+def prepare(chosen: Sequence[Suite] = tuple(suite for suite in suites.ALL if not suite.large)) -> None:
+    """Install the libraries of suites; says which cannot be tried here."""
+    for suite in chosen:
         try:
             suites.prepare(suite)
         except (suites.MissingProgramError, subprocess.CalledProcessError) as failure:
@@ -64,32 +65,44 @@ def read(output: bytes) -> list[Outcome]:
 
 async def run_all(chosen: Sequence[Suite]) -> list[Result]:
     """Every suite in every place."""
-    results = [Result(suite.name, suites.versions(suite)) for suite in chosen]
-    with tempfile.TemporaryDirectory(prefix="conform-") as directory:
-        async with places(Path(directory)) as there:
-            for suite, result in zip(chosen, results, strict=True):
-                for place in there:
-                    if place.name == ENGINE and not suite.engine:
-                        continue
-                    outcomes = result.outcomes[place.name] = await run(suite, place)
-                    passed = sum(outcome.passed for outcome in outcomes)
-                    print(f"{suite.name}, {place.name}: {passed} of {len(outcomes)}", flush=True)
-                    for outcome in outcomes:
-                        if not outcome.passed:
-                            print(f"  {outcome.case}: {outcome.reason}", flush=True)
-    return results
+    results = {suite: Result(suite.name, suites.versions(suite)) for suite in chosen}
+    for group, tried in ((places, [s for s in chosen if not s.agent]), (agent_places, [s for s in chosen if s.agent])):
+        if not tried:
+            continue
+        with tempfile.TemporaryDirectory(prefix="conform-") as directory:
+            async with group(Path(directory)) as there:
+                await _run_in(there, {suite: results[suite] for suite in tried})
+    return list(results.values())
+
+
+async def _run_in(there: Sequence[Place], results: Mapping[Suite, Result]) -> None:
+    for suite, result in results.items():
+        for place in there:
+            if place.name == ENGINE and not suite.engine:
+                continue
+            outcomes = result.outcomes[place.name] = await run(suite, place)
+            passed = sum(outcome.passed for outcome in outcomes)
+            print(f"{suite.name}, {place.name}: {passed} of {len(outcomes)}", flush=True)
+            for outcome in outcomes:
+                if not outcome.passed:
+                    print(f"  {outcome.case}: {outcome.reason}", flush=True)
 
 
 def main() -> int:
     """Entry point; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.conform", description=__doc__)
     parser.add_argument("--suite", action="append", metavar="NAME", help="only those whose name begins so; repeatable")
+    parser.add_argument("--prepare", action="store_true", help="only install them, with the network")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/clients.md")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
     options = parser.parse_args()
-    chosen = [suite for suite in suites.ALL if not options.suite or suite.name.startswith(tuple(options.suite))]
+    named = tuple(options.suite or ())
+    chosen = [suite for suite in suites.ALL if (suite.name.startswith(named) if named else not suite.large)]
     if not chosen:
         parser.error(f"there are: {', '.join(suite.name for suite in suites.ALL)}")
+    if options.prepare:
+        prepare(chosen)
+        return 0
     results = asyncio.run(run_all(chosen))
     print(report.tables(results))
     if options.write:

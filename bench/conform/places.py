@@ -1,13 +1,13 @@
 """Where the clients are tried: the engine alone, a node that serves, and a passive client of that node."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.support.gguf_models import cached_model
-from tests.support.gguf_tool_caller import write_tool_caller
+from tests.support.gguf_tool_caller import write_agents_model, write_tool_caller
 from tests.support.node import NodeProcess
 
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
@@ -16,7 +16,8 @@ from mesh_llm.engine.supervisor import EngineReadyInfo, Supervisor
 from mesh_llm.runtime.supervision import TaskScope
 
 ENGINE, NODE, CLIENT = "engine", "node", "client node"
-CONTEXT = 2048
+CONTEXT, AGENT_CONTEXT = 2048, 65_536
+SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Place:
     model: str
     tool_model: str
     key: str = "none"
+    context: int = CONTEXT
 
     @property
     def environment(self) -> dict[str, str]:
@@ -39,6 +41,7 @@ class Place:
             "CONFORM_TOOL_URL": self.tool_url,
             "CONFORM_TOOL_MODEL": self.tool_model,
             "CONFORM_KEY": self.key,
+            "CONFORM_CONTEXT": str(self.context),
         }
 
 
@@ -52,8 +55,9 @@ async def places(directory: Path) -> AsyncGenerator[list[Place]]:
     caller = directory / "caller.gguf"
     write_tool_caller(caller)
     async with AsyncExitStack() as stack:
-        engine = await _engine(stack, directory, words, caller)
-        arguments = ["--ctx-size", str(CONTEXT)]
+        first, second = await _engines(stack, directory, {"small": words, "caller": caller}, CONTEXT)
+        engine = Place(ENGINE, first, second, "small", "caller")
+        arguments = ["--ctx-size", str(CONTEXT), "--parallel", str(SLOTS)]
         node = await NodeProcess.start(directory / "node", models=[words], arguments=arguments)
         stack.push_async_callback(node.close)
         invite = await node.invite()
@@ -61,7 +65,9 @@ async def places(directory: Path) -> AsyncGenerator[list[Place]]:
         stack.push_async_callback(other.close)
         passive = await NodeProcess.start(directory / "client", join=[invite], client=True)
         stack.push_async_callback(passive.close)
-        names = await _names(node)
+        listed = await _warm(node, 2)
+        caller_name = next(name for name in listed if "caller" in name)
+        names = (next(name for name in listed if name != caller_name), caller_name)
         yield [engine, *[_of(name, one, names) for name, one in ((NODE, node), (CLIENT, passive))]]
 
 
@@ -70,35 +76,52 @@ def _of(name: str, node: NodeProcess, models: tuple[str, str]) -> Place:
     return Place(name, url, url, *models)
 
 
-async def _names(node: NodeProcess) -> tuple[str, str]:
-    """The names of both models there, once both answer."""
+@asynccontextmanager
+async def agent_places(directory: Path) -> AsyncGenerator[list[Place]]:
+    """All places, with a model that the project makes: it lets an agent run one command, and says a sentence."""
+    model = directory / "agents.gguf"
+    write_agents_model(model)
+    async with AsyncExitStack() as stack:
+        [url] = await _engines(stack, directory, {"agents": model}, AGENT_CONTEXT)
+        arguments = ["--ctx-size", str(AGENT_CONTEXT), "--parallel", "2"]
+        node = await NodeProcess.start(directory / "node", models=[model], arguments=arguments)
+        stack.push_async_callback(node.close)
+        passive = await NodeProcess.start(directory / "client", join=[await node.invite()], client=True)
+        stack.push_async_callback(passive.close)
+        there = [Place(ENGINE, url, url, "agents", "agents", context=AGENT_CONTEXT)]
+        for name, one in ((NODE, node), (CLIENT, passive)):
+            [served] = await _warm(one, 1)
+            there.append(replace(_of(name, one, (served, served)), context=AGENT_CONTEXT))
+        yield there
+
+
+async def _warm(node: NodeProcess, count: int) -> list[str]:
+    """The names of the models there, once so many answer."""
     async with asyncio.timeout(120):
         while True:
             listed = (await node.api.get("/v1/models")).expect().json()["data"]
             names = sorted(model["id"] for model in listed if model["status"] == "warm")
-            if len(names) > 1:
-                caller = next(name for name in names if "caller" in name)
-                return next(name for name in names if name != caller), caller
+            if len(names) >= count:
+                return names
             await asyncio.sleep(0.2)
 
 
-async def _engine(stack: AsyncExitStack, directory: Path, words: Path, caller: Path) -> Place:
+async def _engines(stack: AsyncExitStack, directory: Path, models: Mapping[str, Path], context: int) -> list[str]:
+    """Start an engine for each model; their addresses."""
     source = EmbeddedSource.find(directory / "cache")
     if source is None:
         raise SystemExit("there is no embedded engine for this system")
     supervisor = Supervisor(directory / "logs")
     stack.push_async_callback(supervisor.close)
     urls: list[str] = []
-    key = ""
-    for name, path in (("small", words), ("caller", caller)):
-        spec = EngineSpec(model=path, alias=name, context=CONTEXT, slots=2)
+    for name, path in models.items():
+        spec = EngineSpec(model=path, alias=name, context=context, slots=SLOTS)
         engine = await supervisor.launch(await supervisor.server_command(source, spec), name)
         ready = await engine.ready()
         if not isinstance(ready, EngineReadyInfo):
             raise SystemExit(f"the engine did not start: {ready}")
-        key = ready.key
-        urls.append(await stack.enter_async_context(_port(ready.address, key)))
-    return Place(ENGINE, urls[0], urls[1], "small", "caller")
+        urls.append(await stack.enter_async_context(_port(ready.address, ready.key)))
+    return urls
 
 
 @asynccontextmanager

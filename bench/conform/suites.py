@@ -23,9 +23,11 @@ class Suite:
     Attributes:
         name: as on the command line, and in the table.
         program: of the cases, in `clients`.
-        lock: of a Python environment, in `locks`; `npm` for a JavaScript one; empty: what the system has.
+        lock: of a Python environment, in `locks`; a folder there for a JavaScript one; empty: what the system has.
         packages: whose versions are shown.
         engine: the engine alone speaks this client's API as well.
+        agent: the name by which `mesh-llm run` starts it; empty: it is a library.
+        large: gigabytes to install: only where it is named.
     """
 
     name: str
@@ -33,6 +35,12 @@ class Suite:
     lock: str
     packages: tuple[str, ...] = ()
     engine: bool = True
+    agent: str = ""
+    large: bool = False
+
+
+def _agent(name: str, agent: str, package: str, lock: str = "agents") -> Suite:
+    return Suite(name, "agent_cases.py", lock, (package,), agent=agent, large=True)
 
 
 ALL = (
@@ -53,6 +61,14 @@ ALL = (
     Suite("LiteLLM", "litellm_cases.py", "litellm.txt", ("litellm",)),
     Suite("ollama, Python", "ollama_python.py", "ollama.txt", ("ollama",), engine=False),
     Suite("ollama, npm", "ollama_npm.mjs", "npm", ("ollama",), engine=False),
+    Suite("aiperf", "aiperf_cases.py", "aiperf.txt", ("aiperf",)),
+    Suite("guidellm", "guidellm_cases.py", "guidellm.txt", ("guidellm",), large=True),
+    _agent("aider", "aider", "aider-chat", "aider.txt"),
+    _agent("Claude Code", "claude", "@anthropic-ai/claude-code"),
+    _agent("Codex", "codex", "@openai/codex"),
+    _agent("OpenCode", "opencode", "opencode-ai"),
+    _agent("pi", "pi", "@earendil-works/pi-coding-agent"),
+    _agent("Qwen Code", "qwen", "@qwen-code/qwen-code"),
 )
 
 
@@ -67,17 +83,18 @@ def prepare(suite: Suite) -> None:
         MissingProgramError: what installs or runs them is missing.
         subprocess.CalledProcessError: the installation failed.
     """
-    _program("node" if suite.lock == "npm" else "java" if not suite.lock else sys.executable)
+    _program("node" if _is_npm(suite) else "java" if not suite.lock else sys.executable)
     home = _home(suite)
     done = home / "complete"
     if not suite.lock or done.exists():
         return
     print(f"Installing {suite.lock} into {home} ...", file=sys.stderr, flush=True)
     home.mkdir(parents=True, exist_ok=True)
-    if suite.lock == "npm":
+    if _is_npm(suite):
         for name in ("package.json", "package-lock.json", ".npmrc"):
-            shutil.copy(_LOCKS / "npm" / name, home / name)
-        subprocess.run([_program("npm"), "ci", "--silent"], cwd=home, check=True)
+            shutil.copy(_LOCKS / suite.lock / name, home / name)
+        # `npm ci` refuses a lock without the parts for other systems that a registry does not have.
+        subprocess.run([_program("npm"), "install", "--no-save", "--silent"], cwd=home, check=True)
     else:
         uv = _program(str(Path(sys.executable).with_name("uv")))
         subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(home)], check=True)
@@ -91,8 +108,8 @@ def versions(suite: Suite) -> str:
     if not suite.lock:
         told = subprocess.run([_program("java"), "--version"], capture_output=True, text=True, check=True).stdout
         return " ".join(told.split()[:2])
-    if suite.lock == "npm":
-        packages = json.loads((_LOCKS / "npm" / "package-lock.json").read_text())["packages"]
+    if _is_npm(suite):
+        packages = json.loads((_LOCKS / suite.lock / "package-lock.json").read_text())["packages"]
         found = {name.removeprefix("node_modules/"): entry.get("version", "") for name, entry in packages.items()}
     else:
         found = dict(_VERSION.findall((_LOCKS / suite.lock).read_text()))
@@ -102,7 +119,11 @@ def versions(suite: Suite) -> str:
 def command(suite: Suite) -> tuple[list[str], Path]:
     """How its cases are run, and where."""
     home = _home(suite)
-    if suite.lock == "npm":
+    if suite.agent:
+        # The program needs what `mesh-llm run` does with an agent; the agent itself is in its own environment.
+        programs = home / "node_modules" / ".bin" if _is_npm(suite) else home / "bin"
+        return [sys.executable, str(_CLIENTS / suite.program), suite.agent, str(programs)], HERE
+    if _is_npm(suite):
         # A module finds its packages beside itself.
         for path in _CLIENTS.glob("*.mjs"):
             shutil.copy(path, home / path.name)
@@ -121,8 +142,12 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 def _home(suite: Suite) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     lock = _LOCKS / suite.lock
-    contents = (lock / "package-lock.json" if suite.lock == "npm" else lock).read_bytes() if suite.lock else b""
+    contents = (lock / "package-lock.json" if _is_npm(suite) else lock).read_bytes() if suite.lock else b""
     return cache / "mesh-llm-bench" / f"conform-{suite.lock or 'system'}-{hashlib.sha256(contents).hexdigest()[:12]}"
+
+
+def _is_npm(suite: Suite) -> bool:
+    return bool(suite.lock) and (_LOCKS / suite.lock).is_dir()
 
 
 def _program(name: str) -> str:

@@ -1,5 +1,6 @@
 """OpenAI's library for Python."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import openai
@@ -48,6 +49,16 @@ def _() -> None:
     chunks = list(stream)
     assert chunks[-1].usage is not None
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+@case("chat.completions, 64 at once")
+def _() -> None:
+    def ask(_: int) -> int:
+        told = client.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=16)
+        return told.usage.completion_tokens if told.usage is not None else 0
+
+    with ThreadPoolExecutor(64) as threads:
+        assert list(threads.map(ask, range(64))) == [16] * 64
 
 
 @case("chat.completions.stream")
