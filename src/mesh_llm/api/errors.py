@@ -355,8 +355,16 @@ def not_ready(route: ModelRoute) -> MeshError:
 
 def load_refused(model: ModelName, problem: str) -> MeshError:
     """503 for a model that no node loads; `problem` is a clause."""
-    message = f"No node serves the model `{model}` at present: {problem.rstrip('.')}."
-    return MeshError("model_not_served", message, "", 503, 30.0)
+    return MeshError("model_not_served", f"{_not_served(model)}{problem.rstrip('.')}.", "", 503, 30.0)
+
+
+def refused_because(model: ModelName, message: str) -> str:
+    """The problem in the message of `load_refused`, as another node sent it; else the whole message."""
+    return message.removeprefix(_not_served(model))
+
+
+def _not_served(model: ModelName) -> str:
+    return f"No node serves the model `{model}` at present: "
 
 
 def load_timeout(model: ModelName, text: str, wait: float) -> MeshError:

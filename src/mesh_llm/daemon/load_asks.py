@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
+from mesh_llm.api.errors import refused_because
 from mesh_llm.api.loading import LoadAnswer
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.effects import AskForLoad, EndAsk
@@ -55,9 +56,8 @@ class LoadAsks:
             answer = await self._ask(target, model, fields)
         except MeshError as error:
             _log.info("another node does not load a model", model=model, node=node, reason=str(error))
-            event = LoadAnswered(
-                node=node, model=model, problem=error.message[:500], retry_after=error.retry_after or 0.0
-            )
+            problem = refused_because(model, error.message)[:500]
+            event = LoadAnswered(node=node, model=model, problem=problem, retry_after=error.retry_after or 0.0)
         else:
             event = LoadAnswered(node=node, model=model, serving=answer.serving)
         self._open.pop((node, model), None)

@@ -1,10 +1,10 @@
 import asyncio
 from collections.abc import Mapping
 
+from mesh_llm.api.errors import load_refused
 from mesh_llm.api.loading import LoadAnswer
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.effects import AskForLoad, EndAsk
-from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, LoadAnswered
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.daemon.load_asks import LoadAsks
@@ -54,9 +54,10 @@ async def test_the_answer_is_reported() -> None:
 async def test_a_refusal_is_reported_with_its_time() -> None:
     asked = Asked(client=True)
     asked.asks.begin(AskForLoad(node=NODE, model=MODEL))
-    asked.answer.set_exception(MeshError("model_not_served", "It does not fit.", "", 503, 30.0))
+    asked.answer.set_exception(load_refused(MODEL, "it does not fit"))
     await asked.heard.wait()
-    assert asked.posted == [LoadAnswered(node=NODE, model=MODEL, problem="It does not fit.", retry_after=30.0)]
+    # The reason alone: the client's own node says again that nobody serves the model.
+    assert asked.posted == [LoadAnswered(node=NODE, model=MODEL, problem="it does not fit.", retry_after=30.0)]
     assert asked.fields == [{"anywhere": "1", "clients": "1"}]
     await asked.asks.close()
 

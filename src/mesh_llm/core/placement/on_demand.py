@@ -337,8 +337,12 @@ class OnDemand:
             if isinstance(best, LoadRefused):
                 pinned = [launch.model for launch in models.launches if self.residents.is_pinned(launch.model)]
                 return best.message.rstrip(".") + (f"; {_listed(pinned)} is pinned and stays" if pinned else "")
-        reasons = [why for (name, _), (_, why) in self._refusals.items() if name == model]
-        return reasons[0] if reasons else _NOBODY
+        labels = {member.announcement.node: member.label for member in self._members}
+        reasons = [(node, why) for (name, node), (_, why) in self._refusals.items() if name == model]
+        if not reasons:
+            return _NOBODY
+        node, why = reasons[0]
+        return why if node == self._config.node else f"{labels.get(node, node[:10])} does not load it: {why}"
 
     # Another node loads.
 
