@@ -150,3 +150,33 @@ def answer_text(data: str) -> str:
         return ""
     choices = json.loads(data)["choices"]
     return (choices[0]["delta"].get("content") or "") if choices else ""
+
+
+@pytest.mark.parametrize("kind", ["ngram", "draft"])
+async def test_guesses_are_switched_while_the_engine_runs(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model, kind: str
+) -> None:
+    draft = model("small") if kind == "draft" else None
+    spec = small_spec(model("small"), draft=draft, speculation="" if draft else kind, draft_max=6)
+    engine = await started(supervisor, embedded, spec, kind)
+    assert engine.info is not None
+    switch = engine.info.speculation
+    assert switch is not None
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 48, "temperature": 0}
+    body |= {"logprobs": True, "top_logprobs": 2, "ignore_eos": True}
+    body["logit_bias"] = {"40": 1e6} if kind == "ngram" else {}
+
+    async def answer() -> tuple[str, int, int]:
+        """The text, how many tokens were guessed, and how many have log probabilities."""
+        got = (await client_of(engine).post("/v1/chat/completions", body)).expect().json()
+        choice = got["choices"][0]
+        probable = sum(1 for token in choice["logprobs"]["content"] if token["top_logprobs"])
+        return choice["message"]["content"], got["timings"].get("draft_n", 0), probable
+
+    text, guessed, probable = await answer()
+    assert guessed > 0
+    assert probable < 48
+    await switch.speculate(on=False)
+    assert await answer() == (text, 0, 48)
+    await switch.speculate(on=True)
+    assert (await answer())[1] == guessed

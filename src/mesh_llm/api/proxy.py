@@ -205,7 +205,7 @@ class Proxy:
         attempt = self._accounting.open(job.model, target, via, job.began, request.trace)
         refused: MeshError | None = None
         try:
-            async with self.queue.turn(target, job, plan.selector.deadline), self._prompt_cache(plan, target):
+            async with self.queue.turn(target, job, plan.selector.deadline), self._prepared(plan, target):
                 response = await self._upstream.send(target, plan.request_for(target), job.model)
                 try:
                     refused = refusal(response)
@@ -237,6 +237,20 @@ class Proxy:
             if refused is not None:
                 attempt.close(status=refused.status, reason=refused.message)
             attempt.close(status=CLIENT_GONE)
+
+    @asynccontextmanager
+    async def _prepared(self, plan: _Plan, target: Target) -> AsyncGenerator[None]:
+        """Prepare an engine here for a request: it gets its prompt, and guesses nothing where that would be noticed."""
+        job, guessing = plan.job, self._upstream.guessing
+        async with self._prompt_cache(plan, target):
+            if not target.local or not guessing.active(job.model, target.term) or not wants_logprobs(job.body):
+                yield
+                return
+            resume = await guessing.pause(job.model, target.term)
+            try:
+                yield
+            finally:
+                resume()
 
     @asynccontextmanager
     async def _prompt_cache(self, plan: _Plan, target: Target) -> AsyncGenerator[None]:
@@ -424,6 +438,15 @@ async def _break_off(job: ModelRequest, error: MeshError, between_events: bool) 
         await job.reply.end(error_event(error, dialect_of(job.request.path)))
     else:
         job.reply.abort()
+
+
+_LOGPROBS = re.compile(rb'"(?:top_)?logprobs"\s*:\s*(?:true|[1-9])|"n_probs"\s*:\s*[1-9]|\.logprobs"')
+"""In a request for log probabilities. The text of a message has its quotes escaped, so it does not match."""
+
+
+def wants_logprobs(body: bytes) -> bool:
+    """Whether a request asks for the log probabilities of its answer's tokens. Quick, also for long prompts."""
+    return b"prob" in body and _LOGPROBS.search(body) is not None
 
 
 def _estimated_tokens(body: bytes) -> int:

@@ -34,7 +34,7 @@ from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model_settings import ModelSettings
-from mesh_llm.core.types.ports import OpenStream, PromptCaches, RequestStream, Routes, Traffic
+from mesh_llm.core.types.ports import Guessing, OpenStream, PromptCaches, RequestStream, Routes, Traffic
 from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.http.http1 import (
@@ -91,14 +91,19 @@ class ApiServer:
         """Reach remote targets by streams of the mesh, now that the node is part of one."""
         self._upstream.open_stream = open_stream
 
-    def use_engines(self, engines: LocalEngines, caches: PromptCaches | None = None) -> None:
+    def use_engines(
+        self, engines: LocalEngines, caches: PromptCaches | None = None, guessing: Guessing | None = None
+    ) -> None:
         """Ask these for the keys and the ends of local engines, now that there are any.
 
-        `caches` bring back what was saved of prompts before they are sent to local engines.
+        `caches` bring back what was saved of prompts before they are sent to local engines. `guessing` is
+        paused while a local engine answers with log probabilities.
         """
         self._upstream.engines = engines
         if caches is not None:
             self._upstream.caches = caches
+        if guessing is not None:
+            self._upstream.guessing = guessing
 
     def watch_moves(self, moved: Callable[[], tuple[int, int]]) -> None:
         """Show in the metrics how many prompt caches came from other nodes, and how many went to them."""

@@ -20,6 +20,7 @@ from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.core.types.ports import (
     ByteStream,
     EngineEnd,
+    Guessing,
     OpenStream,
     PromptCaches,
     PromptElsewhere,
@@ -288,6 +289,16 @@ def _nothing() -> None:
     return None
 
 
+class _NoGuessing:
+    """No engine guesses."""
+
+    def active(self, model: str, term: int) -> bool:  # noqa: ARG002 - no engine
+        return False
+
+    async def pause(self, model: str, term: int) -> Callable[[], None]:  # noqa: ARG002 - no engine
+        return _nothing
+
+
 class _NoCaches:
     """Nothing is saved of prompts."""
 
@@ -316,6 +327,7 @@ class Upstream:
         engines: this node's own engines; set once there are any.
         system_prompt: of a model's settings on this node, for requests that have none; empty for none.
         caches: what is saved of prompts for them; set once there is any.
+        guessing: switches their speculation; set once there is any.
     """
 
     def __init__(self, config: ApiConfig, watchdog: StreamWatchdog, clock: Callable[[], float]) -> None:
@@ -323,6 +335,7 @@ class Upstream:
         self.engines: LocalEngines = _NoEngines()
         self.system_prompt: Callable[[ModelName], str] = lambda _: ""
         self.caches: PromptCaches = _NoCaches()
+        self.guessing: Guessing = _NoGuessing()
         self._config = config
         self._watchdog = watchdog
         self._limits = Http1Limits(head_bytes=config.head_bytes)

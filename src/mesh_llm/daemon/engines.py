@@ -17,6 +17,7 @@ from mesh_llm.core.types.model_settings import DRAFT_KINDS
 from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.prompt_cache import SlotCaches
+from mesh_llm.daemon.speculation import EngineGuessing
 from mesh_llm.daemon.split_host import HostSession, SplitHostService, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.sources import EngineSource
@@ -80,6 +81,7 @@ class Engines:
         self._splits = splits
         self._notify = notify
         self.caches: SlotCaches | None = None
+        self.guessing = EngineGuessing()
         self._launches: dict[ModelName, _Launch] = {}
         self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
         self._keys: dict[str, str] = {}
@@ -118,6 +120,7 @@ class Engines:
     async def close(self) -> None:
         """Stop watching. The supervisor ends the child processes."""
         await self._scope.close()
+        await self.guessing.close()
 
     async def _live(self, effect: StartEngine, launch: _Launch) -> None:
         model, term = effect.plan.model, effect.term
@@ -255,10 +258,12 @@ class Engines:
             )
         )
         self._watch_slots(effect, spec, outcome)
+        self.guessing.opened(model, term, outcome.speculation)
         try:
             return await engine.wait()
         finally:
             self._keys.pop(outcome.address, None)
+            self.guessing.closed(model, term)
             if self.caches is not None:
                 self.caches.closed(model, term)
 

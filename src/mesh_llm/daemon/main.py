@@ -251,7 +251,7 @@ class Daemon:
 
         # The core, and the capabilities around it.
         core = self._core = self._make_core(net, machine, published, api, gpu, stack)
-        api.use_engines(core.engines, core.engines.caches)
+        api.use_engines(core.engines, core.engines.caches, core.engines.guessing)
         api.use_mesh(net.open_http)
         api.use_models(DescribedModels(core.node, machine.registry, self._post))
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)

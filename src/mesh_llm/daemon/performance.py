@@ -31,6 +31,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus, Role, Speed, SplitLayout
+from mesh_llm.core.types.model_settings import guesses_alone
 from mesh_llm.daemon.link_meter import LinkMeter, Measured
 from mesh_llm.daemon.model_fetcher import published_facts
 from mesh_llm.daemon.model_registry import Machine, ModelRegistry
@@ -385,6 +386,7 @@ class Planner:
         facts, plan = launch.order.facts, launch.order.plan
         options = launch.order.options
         drafted = options.use_draft and (plan.draft is not None or options.draft is not None)
+        drafted = drafted or guesses_alone(options.engine.speculation)
         if plan.split is None:
             # The prediction stays what it was before the first observation.
             others = {key: speed for key, speed in self._alone.items() if key[0] != launch.model}

@@ -53,6 +53,8 @@ class Command:
         key: what an HTTP server requires as `Authorization: Bearer`; empty for nothing.
         key_file: from where it reads that key at its start; None for no key.
         slot_socket: where it answers about its slots (`engine/slots.py`); None if it does not.
+        saves_slots: its slots can be saved, if it has such a socket.
+        speculates: it guesses tokens ahead, and can be switched if it has such a socket.
         keeps: beginnings of the names of variables that it inherits; empty for all but secrets.
         confined: it must run under a system call filter when it answers.
         stuck_seconds: seconds without an answer after which its task queue counts as stuck; 0: not watched.
@@ -67,6 +69,8 @@ class Command:
     key: str = field(default="", repr=False)
     key_file: Path | None = None
     slot_socket: Path | None = None
+    saves_slots: bool = False
+    speculates: bool = False
     keeps: tuple[str, ...] = ()
     confined: bool = False
     stuck_seconds: float = 0.0

@@ -75,6 +75,10 @@ class SlotAccess(Protocol):
         """Save a slot to a file, or restore it from one. Waits until the slot is idle, at most `seconds`."""
         ...
 
+    def speculate(self, *, on: bool) -> None:
+        """Guess tokens ahead from now on, or not: at once, also in answers under way."""
+        ...
+
 
 @dataclass(frozen=True)
 class SlotControl:
@@ -100,6 +104,10 @@ class SlotControl:
             SlotError: the engine refused it, and the slot is empty; or it did not answer.
         """
         return await self._move("restore", slot, file, seconds)
+
+    async def speculate(self, *, on: bool) -> None:
+        """Guess tokens ahead from now on, or not: at once, also in answers under way. Raises SlotError."""
+        await self._ask(_Question(action="guess" if on else "no guesses", key=self.key))
 
     async def _move(self, action: str, slot: int, file: int, seconds: float) -> Moved:
         question = _Question(action=action, key=self.key, slot=slot, seconds=seconds)
@@ -185,6 +193,9 @@ def _answered(question: _Question, files: list[int], key: str, access: SlotAcces
     try:
         if question.action == "list":
             return _Answer(slots=access.list(question.seconds))
+        if question.action in {"guess", "no guesses"}:
+            access.speculate(on=question.action == "guess")
+            return _Answer()
         if question.action in {"save", "restore"} and files:
             # The descriptor's own name: reading it needs no file system, and works for a process that is not dumpable.
             path = f"/proc/self/fd/{files[0]}"

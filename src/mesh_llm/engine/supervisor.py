@@ -56,6 +56,7 @@ class EngineReadyInfo:
         embeddings: whether it answers /v1/embeddings.
         rpc_version: protocol of an RPC worker; else empty.
         slot_control: its slots can be saved and restored; None if they cannot.
+        speculation: switches its guesses on and off; None where it makes none, or cannot be switched.
     """
 
     address: str
@@ -65,6 +66,7 @@ class EngineReadyInfo:
     embeddings: bool = False
     rpc_version: str = ""
     slot_control: SlotControl | None = None
+    speculation: SlotControl | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +235,8 @@ class RunningEngine:
             context=props.context,
             slots=props.slots,
             embeddings=self._command.embeddings,
-            slot_control=None if slots is None else SlotControl(slots, key),
+            slot_control=SlotControl(slots, key) if slots is not None and self._command.saves_slots else None,
+            speculation=SlotControl(slots, key) if slots is not None and self._command.speculates else None,
         )
         if self._command.stuck_seconds:
             self._watchdog = self._scope.supervise(lambda: self._watch_queue(address, key), "watchdog")
@@ -304,7 +307,7 @@ class Supervisor:
         key_file = socket.with_suffix(".key")
         _write_key(key_file, key)
         try:
-            slots = socket.with_suffix(".slots") if self._saves_slots else None
+            slots = socket.with_suffix(".slots") if self._saves_slots or spec.speculation_type else None
             command = await source.server(replace(spec, socket=socket, key_file=key_file, slot_socket=slots))
         except BaseException:
             _drop(key_file)

@@ -424,6 +424,41 @@ async def test_the_metrics_count_prompt_caches_that_move():
     assert 'mesh_llm_prompt_caches_moved{direction="out"} 3.0' in text
 
 
+class FakeGuessing:
+    """A launch that guesses; what happened to it, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def active(self, model: str, term: int) -> bool:
+        return (model, term) == ("tiny", 0)
+
+    async def pause(self, model: str, term: int) -> Callable[[], None]:
+        self.told.append(f"pause {model}#{term}")
+        return lambda: self.told.append("resume")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "paused"),
+    [
+        ('"logprobs":true', True),
+        ('"logprobs": 5', True),
+        ('"n_probs":1', True),
+        ('"include":["message.output_text.logprobs"]', True),
+        ('"logprobs":false', False),
+        ('"logprobs":null,"top_logprobs":0', False),
+        ('"user":"\\"logprobs\\":true"', False),
+    ],
+)
+async def test_an_engine_guesses_nothing_while_it_answers_with_log_probabilities(wanted: str, paused: bool):
+    guessing = FakeGuessing()
+    async with fake_upstream() as engine, running_api([route("tiny", local(engine.address))]) as api:
+        api.server.use_engines(FakeEngines(), guessing=guessing)
+        answer = await api.post(f'{{"model":"tiny",{wanted}}}'.encode())
+        assert answer.status_code == 200
+    assert guessing.told == (["pause tiny#0", "resume"] if paused else [])
+
+
 async def test_through_two_nodes():
     async with (
         fake_upstream() as engine,

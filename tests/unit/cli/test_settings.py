@@ -23,7 +23,7 @@ from mesh_llm.cli.settings import (
 from mesh_llm.core.config import YieldPolicy
 from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.model_settings import ModelSettings
+from mesh_llm.core.types.model_settings import ModelSettings, guesses_alone
 from mesh_llm.daemon.settings import DiscoverySettings
 from mesh_llm.discovery.nostr import DEFAULT_RELAYS, MOST_RELAYS, parse_relay_urls
 
@@ -148,6 +148,12 @@ def test_a_models_speculation_comes_before_the_nodes() -> None:
     ):
         own = launch.adapted(settings)
         assert (own.engine.speculation, own.use_draft) == expected
+
+
+def test_what_guesses_without_a_draft() -> None:
+    """Its speed says nothing of the machine's."""
+    kinds = ("", "draft", "eagle3", "off", "mtp", "ngram", "ngram-mod", "ngram-cache")
+    assert [guesses_alone(kind) for kind in kinds] == [False] * 4 + [True] * 4
 
 
 def test_drafting_and_not_drafting_contradict() -> None:

@@ -38,6 +38,11 @@ def takes_draft(speculation: str) -> bool:
     return speculation in _WITH_DRAFT
 
 
+def guesses_alone(speculation: str) -> bool:
+    """Whether this kind of speculation guesses without a draft model."""
+    return speculation == "mtp" or speculation.startswith("ngram")
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """Defaults for requests that do not name a value themselves. None: the engine's own default."""
 

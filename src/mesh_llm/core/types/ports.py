@@ -139,6 +139,18 @@ class PromptCaches(Protocol):
         ...
 
 
+class Guessing(Protocol):
+    """Whether the engines here guess tokens ahead: for a guessed token, llama-server knows no log probabilities."""
+
+    def active(self, model: str, term: int) -> bool:
+        """Whether a launch here guesses, and can be switched."""
+        ...
+
+    async def pause(self, model: str, term: int) -> Callable[[], None]:
+        """Let a launch here guess nothing until the result is called. Never raises."""
+        ...
+
+
 class LoadAsker(NamedTuple):
     """Who waits for a model.
 

@@ -1,5 +1,7 @@
 """The library that reaches the slots of the embedded llama-server from inside its process: built once, then loaded.
 
+It also switches speculation on and off, which the server cannot do for a request.
+
 llama.cpp saves a slot only through an HTTP route that writes files, which stays off: it has a published vulnerability.
 The server's own task for it can be posted from inside of its process, but only from C++. So a small library is compiled
 against the headers of the pinned release (`slots.cpp`). Decision 17 says why this way.
@@ -65,9 +67,18 @@ def supported() -> bool:
     return sys.platform == "linux"
 
 
+def revision() -> str:
+    """Of the library's source, as the manifest notes it: one of an earlier source is built again."""
+    return digest(_SOURCE)[:16]
+
+
 def examine(cache: Path) -> Found:
     """What is known of the library. Reads it: blocks."""
-    return look(SLOTS, VERSION, plugin.directories(cache))
+    found = look(SLOTS, VERSION, plugin.directories(cache))
+    if found.part is None or found.part.version == revision():
+        return found
+    why = f"{found.path} is set aside: it was built from an earlier source."
+    return Found(set_aside=(*found.set_aside, why), failure=found.failure)
 
 
 def find(cache: Path) -> Path | None:
@@ -141,7 +152,7 @@ def build(cache: Path, directory: Path, progress: Progress, archive: Path | None
             name=SLOTS,
             file=library.name,
             sha256=digest(built),
-            version=VERSION,
+            version=revision(),
             how=f"compiled with {' '.join(command)}",
             log=log.name,
             built=time.time(),
@@ -194,6 +205,8 @@ def load(library: Path) -> Any:
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_double),
         *text,
     ]
+    found.mesh_llm_slots_speculate.restype = ctypes.c_int
+    found.mesh_llm_slots_speculate.argtypes = [ctypes.c_int]
     return found
 
 
@@ -237,6 +250,11 @@ class EngineSlots:
         )
         done = msgspec.json.decode(self._checked(code), type=_Saved)
         return Moved(tokens=done.n_saved or done.n_restored, size=done.n_written or done.n_read)
+
+    def speculate(self, *, on: bool) -> None:
+        """Guess tokens ahead from now on, or not."""
+        if not self._library.mesh_llm_slots_speculate(int(on)):
+            raise SlotError("this build of the engine cannot be switched")
 
     def _checked(self, code: int) -> bytes:
         if code < 0:

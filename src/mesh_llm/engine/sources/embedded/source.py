@@ -98,8 +98,9 @@ class EmbeddedSource:
         load = () if spec.uses_cpu_only else await self._load()
         library = None
         drafting = spec.speculation_type.startswith("draft-")
-        if spec.slot_socket is not None and not spec.rpc and not drafting and not _is_prebuilt(load):
-            # The state of a draft, or of layers on other machines, is not in what the server saves.
+        # The state of a draft, or of layers on other machines, is not in what the server saves.
+        saves = not spec.rpc and not drafting
+        if spec.slot_socket is not None and (saves or spec.speculation_type) and not _is_prebuilt(load):
             library = await asyncio.to_thread(slot_library.find, self._policy.cache)
         if library is None:
             spec = replace(spec, slot_socket=None)
@@ -114,6 +115,8 @@ class EmbeddedSource:
             address=address,
             embeddings=spec.embeddings,
             slot_socket=spec.slot_socket,
+            saves_slots=saves,
+            speculates=bool(spec.speculation_type),
         )
 
     async def rpc_worker(self, spec: RpcWorkerSpec) -> Command:

@@ -49,12 +49,22 @@ def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return place
 
 
-def built(place: Path) -> Path:
+def built(place: Path, version: str = slot_library.revision()) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     library = place / slot_library.library_name()
     library.write_bytes(b"library")
-    record_part(place, VERSION, Part(name=slot_library.SLOTS, file=library.name, sha256=digest(library), how="made"))
+    part = Part(name=slot_library.SLOTS, file=library.name, sha256=digest(library), how="made", version=version)
+    record_part(place, VERSION, part)
     return library
+
+
+def test_one_of_an_earlier_source_is_built_again(directory: Path, tmp_path: Path) -> None:
+    assert slot_library.find(tmp_path) is None
+    built(directory, "earlier")
+    assert slot_library.find(tmp_path) is None
+    assert "earlier source" in slot_library.status(tmp_path).text
+    assert slot_library.find(tmp_path) is None
+    assert built(directory) == slot_library.find(tmp_path)
 
 
 def test_a_node_builds_it_only_where_that_needs_no_download(
@@ -117,7 +127,9 @@ async def test_only_the_build_that_it_was_compiled_for_gets_it(
         monkeypatch.setattr(plugin, "find", built_plugin)
         spec = replace(spec, rpc=("127.0.0.1:5000",))
     command = await source.server(spec)
-    assert (command.slot_socket is not None) == (case in {"plain", "plugin"})
+    # An engine with a draft is only switched; its slots are not saved.
+    assert (command.slot_socket is not None) == (case in {"plain", "plugin", "draft"})
+    assert (command.saves_slots, command.speculates) == (case not in {"draft", "split"}, case == "draft")
     assert (server_main.SLOTS in command.argv) == (command.slot_socket is not None)
 
 

@@ -1,0 +1,100 @@
+"""Switches the speculation of engines that run here, without another start: off while it would do harm, then on.
+
+llama-server gives no log probabilities for tokens that it guessed (server-context.cpp leaves `result.probs` empty), and
+has no option of a request to switch that. So an engine guesses nothing while it answers such a request.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from mesh_llm.engine.slots import SlotError
+from mesh_llm.runtime.supervision import TaskScope
+
+_log = structlog.get_logger(__name__)
+
+
+class Switch(Protocol):
+    """Reaches one engine; `engine.slots.SlotControl`."""
+
+    async def speculate(self, *, on: bool) -> None:
+        """Guess tokens ahead from now on, or not. Raises SlotError."""
+        ...
+
+
+@dataclass
+class _Launch:
+    """One engine. `pauses`: how many want it not to guess; `on`: what it was asked last."""
+
+    switch: Switch
+    pauses: int = 0
+    on: bool = True
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class EngineGuessing:
+    """The speculation of this node's engines; a `Guessing` of core.types.ports."""
+
+    def __init__(self) -> None:
+        self._launches: dict[tuple[str, int], _Launch] = {}
+        self._scope = TaskScope("speculation")
+
+    def opened(self, model: str, term: int, switch: Switch | None) -> None:
+        """A launch is ready. `switch`: None where it does not guess, or cannot be switched."""
+        if switch is not None:
+            self._launches[model, term] = _Launch(switch)
+
+    def closed(self, model: str, term: int) -> None:
+        """A launch has ended."""
+        self._launches.pop((model, term), None)
+
+    def active(self, model: str, term: int) -> bool:
+        """Whether a launch guesses, and can be switched."""
+        return (model, term) in self._launches
+
+    async def pause(self, model: str, term: int) -> Callable[[], None]:
+        """Let a launch guess nothing until the result is called. An engine that does not answer goes on as it was."""
+        launch = self._launches.get((model, term))
+        if launch is None:
+            return _nothing
+        launch.pauses += 1
+        resumed = False
+
+        def resume() -> None:
+            nonlocal resumed
+            if not resumed:
+                resumed = True
+                launch.pauses -= 1
+                if self.active(model, term):
+                    self._scope.spawn(self._apply(model, launch), f"guess {model}")
+
+        try:
+            await self._apply(model, launch)
+        except BaseException:
+            resume()
+            raise
+        return resume
+
+    async def close(self) -> None:
+        """Stop. Engines stay as they are."""
+        await self._scope.close()
+
+    async def _apply(self, model: str, launch: _Launch) -> None:
+        async with launch.lock:
+            on = not launch.pauses
+            if on == launch.on:
+                return
+            # If this is cancelled, the engine may have heard it or not.
+            launch.on = on
+            try:
+                await launch.switch.speculate(on=on)
+            except SlotError as error:
+                launch.on = not on
+                _log.warning("speculation not switched", model=model, on=on, reason=str(error))
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,78 @@
+import asyncio
+
+from mesh_llm.daemon.speculation import EngineGuessing
+from mesh_llm.engine.slots import SlotError
+from mesh_llm.runtime.supervision import TaskScope
+
+
+class FakeSwitch:
+    def __init__(self, *, broken: bool = False) -> None:
+        self.asked: list[bool] = []
+        self.broken = broken
+        self.reached = asyncio.Event()
+
+    async def speculate(self, *, on: bool) -> None:
+        self.asked.append(on)
+        self.reached.set()
+        await asyncio.sleep(0)
+        if self.broken:
+            raise SlotError("gone")
+
+
+async def settled() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_it_guesses_again_when_the_last_that_minds_has_ended() -> None:
+    guessing, switch = EngineGuessing(), FakeSwitch()
+    guessing.opened("m", 1, switch)
+    first, second = await asyncio.gather(guessing.pause("m", 1), guessing.pause("m", 1))
+    assert switch.asked == [False]
+    first()
+    first()
+    await settled()
+    assert switch.asked == [False]
+    second()
+    await settled()
+    assert switch.asked == [False, True]
+    await guessing.close()
+
+
+async def test_one_that_cannot_be_switched_or_has_ended_is_left_alone() -> None:
+    guessing, switch = EngineGuessing(), FakeSwitch()
+    guessing.opened("m", 1, None)
+    assert not guessing.active("m", 1)
+    guessing.opened("m", 2, switch)
+    assert guessing.active("m", 2)
+    resume = await guessing.pause("m", 2)
+    guessing.closed("m", 2)
+    resume()
+    await settled()
+    assert switch.asked == [False]
+    (await guessing.pause("m", 2))()
+    await guessing.close()
+
+
+async def test_an_engine_that_does_not_answer_is_asked_again_and_answers_go_on() -> None:
+    guessing, switch = EngineGuessing(), FakeSwitch(broken=True)
+    guessing.opened("m", 1, switch)
+    for _ in range(2):
+        (await guessing.pause("m", 1))()
+        await settled()
+    assert switch.asked == [False, False]
+    await guessing.close()
+
+
+async def test_a_pause_that_is_cancelled_does_not_last() -> None:
+    guessing, switch = EngineGuessing(), FakeSwitch()
+    guessing.opened("m", 1, switch)
+    scope = TaskScope("test")
+    task = scope.spawn(guessing.pause("m", 1), "pause")
+    await switch.reached.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await settled()
+    assert switch.asked == [False, True]
+    await guessing.close()
+    await scope.close()
