@@ -248,6 +248,15 @@ async def test_a_ticket_opens_a_connection_once():
                 assert await second.say(ticket) == b""
 
 
+async def test_an_old_ticket_opens_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(listener, "TICKET_SECONDS", 0.0)
+    async with pair(tls=True) as nodes:
+        nodes.server.net.serve_http(echo)
+        (ticket,) = (await offer(nodes)).tickets
+        async with stranger(port_of(nodes.server)) as late:
+            assert await late.say(ticket) == b""
+
+
 @pytest.mark.parametrize(
     "said", [bytes(TICKET_BYTES), b"\xff" * TICKET_BYTES, b"GET / HTTP/1.1\r\n" * 3], ids=["zeros", "ones", "http"]
 )
