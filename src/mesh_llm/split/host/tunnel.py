@@ -326,7 +326,9 @@ class HostTunnel:
         if held is not None:
             await held.feed(payload[SET_TENSOR_HEAD:], last=True)
             return
-        packed = None if self._packer is None else await self._packer.pack(payload)
+        # Weights travel as they are: they are dense, and limits of uploads count them.
+        packer = None if self._weights.is_weight(payload) else self._packer
+        packed = None if packer is None else await packer.pack(payload)
         if packed is None:
             self._writer.put(request_.frame)
             return

@@ -15,7 +15,7 @@ from mesh_llm.split.framing import BatchWriter
 from mesh_llm.split.host.worker_info import WorkerStats
 from mesh_llm.split.weights import StoredTensor, Weights
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, request
-from mesh_llm.wire.ggml_rpc.tensors import Tensor, unpack
+from mesh_llm.wire.ggml_rpc.tensors import Tensor, name_of, unpack
 from mesh_llm.wire.ggml_rpc.tunnel import REFERENCE, Reference
 
 _OFFSET = struct.Struct("<Q")
@@ -72,6 +72,10 @@ class WeightSender:
         if self._weights is not None and self._weights.tensor(name) is not None:
             self.count_sent(size)
         return None
+
+    def is_weight(self, head: memoryview) -> bool:
+        """Whether a SET_TENSOR is of a tensor of the host's model."""
+        return self._weights is not None and self._weights.tensor(name_of(head).decode(errors="replace")) is not None
 
     def send_proven(self, tensor: Tensor, name: str, stored: StoredTensor) -> None:
         """The engine sent exactly this content: send a reference, and remember the engine's hash of it."""
