@@ -62,7 +62,11 @@ ALL = (
         "models on demand in a simulated mesh of a thousand nodes: loads, and requests that wait",
         quick=("--nodes", "60", "--models", "20", "--minutes", "5", "--rate", "2"),
     ),
-    Benchmark("prompt_cache", "bench.prompt_cache", "a long prompt after a restart against reading it again"),
+    Benchmark(
+        "prompt_cache",
+        "bench.prompt_cache",
+        "a long prompt after a restart, or a move to another node (--moved), against reading it again",
+    ),
     Benchmark(
         "proxy.resume",
         "bench.proxy.resume",
