@@ -68,8 +68,10 @@ async def test_what_was_ignored_stays_ignored() -> None:
 
 
 _HANGUP = """
-import asyncio, fcntl, os, sys, termios
+import asyncio, fcntl, os, signal, sys, termios
 from mesh_llm.daemon.log import Signals
+# As a shell starts it, not as nohup does, whatever these tests were started by.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 async def main():
     ended, said = asyncio.Event(), os.fdopen(int(sys.argv[1]), "w", buffering=1)

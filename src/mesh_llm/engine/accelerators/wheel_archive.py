@@ -16,7 +16,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -37,7 +36,7 @@ _TOP = re.compile(rf"{PACKAGE}(?:\.libs|-[\w.+]{{1,64}}\.dist-info)?", re.ASCII)
 _DIST_INFO = re.compile(rf"{PACKAGE}-[\w.+]{{1,64}}\.dist-info", re.ASCII)
 _UNSIGNED = frozenset({"RECORD", "RECORD.jws", "RECORD.p7s"})
 _BROKEN = (
-    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, LZMAError, EOFError, struct.error),
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, EOFError, struct.error),
     *(NotImplementedError, RuntimeError, ValueError, KeyError),
 )
 """What the standard library raises for damaged or strange archives."""
@@ -88,6 +87,9 @@ def _members(archive: str, infos: Sequence[zipfile.ZipInfo]) -> dict[str, zipfil
             raise wrong(archive, f"it has {parts[0][:80]!r}, which is not the engine's")
         if info.is_dir():
             continue
+        # The other ways are no wheel's, and their readers' errors look like those of a disk.
+        if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise wrong(archive, f"{name[:80]!r} is compressed as wheels are not")
         if name in found or len(parts) < 2:
             raise wrong(archive, f"it has {name[:80]!r} twice, or in a wrong place")
         total += info.file_size

@@ -72,6 +72,22 @@ def test_links_are_refused(tmp_path: Path) -> None:
         unpack(path, tmp_path / "into")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, 99])
+@pytest.mark.parametrize("member", [f"{PACKAGE}/{PACKAGE}.abi3.so", f"{NOTES}/RECORD"])
+def test_what_wheels_do_not_compress_with_is_refused(tmp_path: Path, method: int, member: str) -> None:
+    path = write_wheel(tmp_path / wheel_name(), small_files())
+    data = bytearray(path.read_bytes())
+    place = data.rindex(member.encode()) - 46
+    assert data[place : place + 4] == b"PK\x01\x02"
+    data[place + 10 : place + 12] = method.to_bytes(2, "little")
+    path.write_bytes(data)
+    (tmp_path / "into").mkdir()
+    with pytest.raises(MeshError, match="is compressed as wheels are not") as caught:
+        unpack(path, tmp_path / "into")
+    assert caught.value.code == "wheel_wrong"
+    assert not list((tmp_path / "into").iterdir())
+
+
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
     path = write_wheel(tmp_path / wheel_name(), small_files())
     with zipfile.ZipFile(path, "a") as wheel, pytest.warns(UserWarning, match="Duplicate"):
