@@ -1,8 +1,8 @@
 """A model from neighbours against plain bytes: `python -m bench.mesh.models [--quick] [--json FILE]`.
 
-One node takes a model of half a gigabyte from others, verified and written to disk, and beside it, in turn, as many
-plain bytes on a stream of the same connection, which are thrown away. Hosts are network namespaces (tests.netlab).
-Needs root.
+One node takes a model of half a gigabyte from others, verified and written to disk; the same with the same checks over
+TCP without TLS; and as many plain bytes on a stream of the same connection, which are thrown away. All in turn. Hosts
+are network namespaces (tests.netlab). Needs root.
 """
 
 import argparse
@@ -95,8 +95,10 @@ def measure(scene: Scene, model: Path, scratch: Path) -> dict[str, Any]:
             worker(host, "seed", str(model), str(lists), first.said["token"]) for host in range(2, scene.seeds + 1)
         ]
         seeds = [one.said for one in (first, *others)]
-        taker = worker(0, "take", str(model), str(scratch / scene.name), first.said["token"], json.dumps(seeds))
-        ways = {"plain bytes": f"plain {blocks}"} | {
+        places = ",".join(lab.addr(host % hosts) for host in range(1, scene.seeds + 1))
+        home = str(scratch / scene.name)
+        taker = worker(0, "take", str(model), home, first.said["token"], json.dumps(seeds), places)
+        ways = {"plain bytes": f"plain {blocks}", "model, plain TCP": "tcp 1"} | {
             f"model, {count} seed{'s' if count > 1 else ''}": f"model {count}" for count in range(1, scene.seeds + 1)
         }
         results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
@@ -117,13 +119,14 @@ def measure(scene: Scene, model: Path, scratch: Path) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """For people."""
-    lines = [f"{'scene':20}{'way':18}{'MB/s':>8}{'of plain':>10}{'CPU s':>8}   each round"]
+    lines = [f"{'scene':20}{'way':18}{'MB/s':>8}{'of plain':>10}{'of TCP':>8}{'CPU s':>8}   each round"]
     for scene, ways in results.items():
-        plain = ways["plain bytes"]["MB_s"]
+        plain, tcp = ways["plain bytes"]["MB_s"], ways["model, plain TCP"]["all_MB_s"]
         for way, numbers in ways.items():
             each = ", ".join(f"{one:.0f}" for one in numbers["all_MB_s"])
             rate, cpu = numbers["MB_s"], numbers["cpu_seconds"]
-            lines.append(f"{scene:20}{way:18}{rate:8.1f}{rate / plain:10.2f}{cpu:8.1f}   {each}")
+            of_tcp = statistics.median(one / other for one, other in zip(numbers["all_MB_s"], tcp, strict=True))
+            lines.append(f"{scene:20}{way:18}{rate:8.1f}{rate / plain:10.2f}{of_tcp:8.2f}{cpu:8.1f}   {each}")
     return "\n".join(lines)
 
 

@@ -1,10 +1,11 @@
 """The processes of the model benchmark: `python -m bench.mesh.models_roles ROLE ...`; each prints what it has to say.
 
 seed FILE LISTS [TOKEN]       mesh node: gives FILE as a model, and plain bytes beside; prints invite, id and addresses
-take FILE HOME TOKEN NODES    the measurement: each line on standard input is a task, each line of output a result
+take FILE HOME TOKEN NODES HOSTS    the measurement: each line on standard input is a task, each line of output a result
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from bench.mesh.nodes import make_node
+from bench.mesh.nodes import PLAIN_LIMIT, PlainStream, make_node
 
 from mesh_llm.core.types.gossip import Ping
 from mesh_llm.core.types.ids import NodeId
@@ -24,10 +25,12 @@ from mesh_llm.models.p2p.assembler import in_directory
 from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.models.p2p.downloader import ModelDownload
 from mesh_llm.models.p2p.seeder import RateLimit, SeededModel, Seeder
+from mesh_llm.models.p2p.swarm import OpenModel
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.streams import PeerStream
+from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.admission import Scope
-from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.frames import MAX_PARAMETERS, StreamType
 from mesh_llm.wire.mesh.streams import ModelParameters
 
 BLOCK = 1 << 20
@@ -51,7 +54,17 @@ async def seed(file: str, lists: str, token: str = "") -> None:
             await stream.write(block)
         await stream.finish()
 
+    scope = TaskScope("plain")
+
+    async def give_plainly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        stream = PlainStream(reader, writer, scope)
+        parameters = await stream.read_frame(MAX_PARAMETERS)
+        with contextlib.suppress(ConnectionError):
+            await giver.serve(stream, NodeId(""), parameters or b"")
+        stream.abort()
+
     node = make_node(*([token] if token else []))
+    plain = await asyncio.start_server(give_plainly, "0.0.0.0", 0, limit=PLAIN_LIMIT)
     node.streams.register(StreamType.MODEL, give, scope=Scope.SERVE, per_peer=8)
     node.streams.register(StreamType.RPC, pour, scope=Scope.SERVE, per_peer=8)
     await node.start()
@@ -60,14 +73,25 @@ async def seed(file: str, lists: str, token: str = "") -> None:
     invite = node.create_invite("serve", 3600.0, None).token
     print(
         "ready",
-        json.dumps({"token": invite, "node": node.node_id, "addresses": node.reachable().addresses}),
+        json.dumps(
+            {
+                "token": invite,
+                "node": node.node_id,
+                "addresses": node.reachable().addresses,
+                "port": plain.sockets[0].getsockname()[1],
+            }
+        ),
         flush=True,
     )
     await asyncio.Event().wait()
 
 
-async def take(file: str, home: str, token: str, nodes: str) -> None:
-    """Measure what is asked for: `plain N` megabytes from the first node, or `model N` from the first N nodes."""
+async def take(file: str, home: str, token: str, nodes: str, hosts: str) -> None:
+    """Measure what is asked for.
+
+    `plain N`: megabytes from the first node. `model N`: the model from the first N nodes. `tcp N`: the same over TCP
+    without TLS, to the hosts of `HOSTS` in their order.
+    """
     path, directory = Path(file), Path(home)
     fingerprint = (await asyncio.to_thread(lambda: read_facts([read_header(path)], NAME))).fingerprint
     seeds: list[NodeId] = []
@@ -81,6 +105,16 @@ async def take(file: str, home: str, token: str, nodes: str) -> None:
     async def open_model(peer: NodeId, parameters: bytes) -> BulkStream:
         return await node.open(peer, StreamType.MODEL, parameters)
 
+    ports = {NodeId(one["node"]): int(one["port"]) for one in json.loads(nodes)}
+    addresses = dict(zip(seeds, hosts.split(","), strict=True))
+    scope = TaskScope("plain")
+
+    async def open_plainly(peer: NodeId, parameters: bytes) -> BulkStream:
+        reader, writer = await asyncio.open_connection(addresses[peer], ports[peer], limit=PLAIN_LIMIT)
+        stream = PlainStream(reader, writer, scope)
+        await stream.write_frame(parameters)
+        return stream
+
     async def plain(blocks: int) -> dict[str, float]:
         stream = await node.open(seeds[0], StreamType.RPC, str(blocks).encode())
         await stream.flush()
@@ -91,7 +125,7 @@ async def take(file: str, home: str, token: str, nodes: str) -> None:
         await stream.finish()
         return {"MB_s": blocks * BLOCK / 1e6 / seconds, "seconds": seconds}
 
-    async def model(count: int) -> dict[str, float]:
+    async def model(count: int, open_model: OpenModel = open_model) -> dict[str, float]:
         target = directory / "taken"
         taking = ModelDownload(
             asked=ModelParameters(NAME, fingerprint),
@@ -108,7 +142,11 @@ async def take(file: str, home: str, token: str, nodes: str) -> None:
         await asyncio.to_thread(shutil.rmtree, target)
         return {"MB_s": size / 1e6 / seconds, "seconds": seconds, "received_MB": taking.received.total / 1e6}
 
-    tasks: dict[str, Callable[[int], Awaitable[dict[str, float]]]] = {"plain": plain, "model": model}
+    tasks: dict[str, Callable[[int], Awaitable[dict[str, float]]]] = {
+        "plain": plain,
+        "model": model,
+        "tcp": lambda count: model(count, open_plainly),
+    }
     # Connections and windows are open when a clock starts.
     await plain(4)
     print("ready {}", flush=True)
