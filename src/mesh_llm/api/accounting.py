@@ -16,6 +16,7 @@ from mesh_llm.api.errors import error_summary
 from mesh_llm.api.telemetry import CLIENT_GONE, TARGET_LOST, Metrics, RecentRequests, RequestTrace, Series, TraceLog
 from mesh_llm.api.types import ApiConfig, Usage
 from mesh_llm.api.usage import UsageBook
+from mesh_llm.core.performance.speculation import Answer
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.ports import Traffic
@@ -128,6 +129,9 @@ class Attempt:
             self._trace.attempt_ended(self._target.node, status, reason, counted)
         ok = 0 < status < 500
         accounting.traffic.finished(self._model, self._target, ok=ok, tokens=usage.generated, seconds=seconds)
+        if ok and usage.seconds:
+            answer = Answer(usage.generated, usage.seconds, usage.guessed, usage.accepted)
+            accounting.traffic.answered(self._model, self._target, answer)
         if ok and usage.prompt_seconds:
             accounting.traffic.read(self._model, self._target, usage.prompt - usage.cached, usage.prompt_seconds)
 
@@ -142,7 +146,7 @@ class Attempt:
 
 
 _NUMBERS = re.compile(
-    rb'"(prompt_n|prompt_ms|cache_n|predicted_n|predicted_ms'
+    rb'"(prompt_n|prompt_ms|cache_n|predicted_n|predicted_ms|draft_n|draft_n_accepted'
     rb"|prompt_tokens|completion_tokens|cached_tokens"
     rb'|input_tokens|output_tokens|cache_read_input_tokens)"\s*:\s*(\d+(?:\.\d+)?)'
 )
@@ -270,6 +274,8 @@ class Transcript:
             # A token may be no text at all; but another node's word is not taken for any number of them.
             generated=min(number(b"predicted_n", b"completion_tokens", b"output_tokens"), _PER_BYTE * self.size),
             seconds=found.get(b"predicted_ms", 0.0) / 1000.0,
+            guessed=number(b"draft_n"),
+            accepted=number(b"draft_n_accepted"),
             prompt_seconds=found.get(b"prompt_ms", 0.0) / 1000.0,
         )
 

@@ -199,6 +199,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
         generated: tokens of the answer.
         seconds: time spent on generating them; 0.0 unknown.
         prompt_seconds: time spent on the prompt's tokens that were not cached; 0.0 unknown.
+        guessed: tokens that the engine guessed ahead.
+        accepted: those of them that were right.
     """
 
     prompt: int = 0
@@ -206,6 +208,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     generated: int = 0
     seconds: float = 0.0
     prompt_seconds: float = 0.0
+    guessed: int = 0
+    accepted: int = 0
 
 
 class RankedTarget(msgspec.Struct, frozen=True, kw_only=True):

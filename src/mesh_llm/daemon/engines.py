@@ -82,6 +82,7 @@ class Engines:
         self._notify = notify
         self.caches: SlotCaches | None = None
         self.guessing = EngineGuessing()
+        traffic.observe_answer = self.guessing.answered
         self._launches: dict[ModelName, _Launch] = {}
         self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
         self._keys: dict[str, str] = {}
@@ -258,7 +259,8 @@ class Engines:
             )
         )
         self._watch_slots(effect, spec, outcome)
-        self.guessing.opened(model, term, outcome.speculation)
+        auto = not effect.options.engine.speculation
+        self.guessing.opened(model, term, outcome.speculation, auto=auto)
         try:
             return await engine.wait()
         finally:

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import structlog
 
+from mesh_llm.core.performance.speculation import Answer, Speculating, after
 from mesh_llm.engine.slots import SlotError
 from mesh_llm.runtime.supervision import TaskScope
 
@@ -27,9 +28,13 @@ class Switch(Protocol):
 
 @dataclass
 class _Launch:
-    """One engine. `pauses`: how many want it not to guess; `on`: what it was asked last."""
+    """One engine. `pauses`: how many want it not to guess; `on`: what it was asked last.
+
+    `known`: whether guesses pay, where that decides; None where the user did.
+    """
 
     switch: Switch
+    known: Speculating | None = None
     pauses: int = 0
     on: bool = True
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -42,10 +47,21 @@ class EngineGuessing:
         self._launches: dict[tuple[str, int], _Launch] = {}
         self._scope = TaskScope("speculation")
 
-    def opened(self, model: str, term: int, switch: Switch | None) -> None:
-        """A launch is ready. `switch`: None where it does not guess, or cannot be switched."""
+    def opened(self, model: str, term: int, switch: Switch | None, *, auto: bool = False) -> None:
+        """A launch is ready. `switch`: None where it does not guess, or cannot be. `auto`: only while guesses pay."""
         if switch is not None:
-            self._launches[model, term] = _Launch(switch)
+            self._launches[model, term] = _Launch(switch, Speculating() if auto else None)
+
+    def answered(self, model: str, term: int, answer: Answer) -> None:
+        """A launch answered alone on this machine: guess on, or stop that, by what it gained."""
+        launch = self._launches.get((model, term))
+        if launch is None or launch.known is None:
+            return
+        before, launch.known = launch.known, after(launch.known, answer)
+        if launch.known.on != before.on:
+            gain = None if before.gain is None else round(before.gain, 3)
+            _log.info("speculation judged", model=model, on=launch.known.on, gain=gain, next=launch.known.rest)
+            self._scope.spawn(self._apply(model, launch), f"guess {model}")
 
     def closed(self, model: str, term: int) -> None:
         """A launch has ended."""
@@ -84,7 +100,7 @@ class EngineGuessing:
 
     async def _apply(self, model: str, launch: _Launch) -> None:
         async with launch.lock:
-            on = not launch.pauses
+            on = not launch.pauses and (launch.known is None or launch.known.on)
             if on == launch.on:
                 return
             # If this is cancelled, the engine may have heard it or not.

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
+from mesh_llm.core.performance.speculation import Answer
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.announcement import Standing
 from mesh_llm.core.types.events import AnyEvent, ModelAwaited, TargetFailed, TrafficSampled
@@ -39,6 +40,8 @@ class TrafficMeter:
         """Called for each answer that ran alone on this node's engines: model, tokens, seconds."""
         self.observe_prompt: Callable[[str, int, float], None] = lambda _model, _tokens, _seconds: None
         """The same for each long prompt."""
+        self.observe_answer: Callable[[str, int, Answer], None] = lambda _model, _term, _answer: None
+        """Called for each answer that ran alone on this node's engines: model, term, what the engine counted."""
         self._awaited: Counter[tuple[str, NodeId | None]] = Counter()
         self.node = NodeId("")
         """This node; set when it is known."""
@@ -75,6 +78,11 @@ class TrafficMeter:
             self._speeds[model] = before + weight * (tokens / seconds - before)
             if self._alone and tokens >= _LEARN_TOKENS:
                 self.observe(model, tokens, seconds)
+
+    def answered(self, model: str, target: Target, answer: Answer) -> None:
+        """What an engine counted of an answer. One that ran alone shows whether guesses pay."""
+        if target.local and self._alone:
+            self.observe_answer(model, target.term, answer)
 
     def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
         """A prompt's new tokens were read. Long prompts that ran alone are learned from."""

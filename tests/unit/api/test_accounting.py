@@ -124,3 +124,10 @@ def test_what_is_no_stream_of_events_is_not_held_back_for_ever():
     assert len(sent[10]) == 1_100_000
     assert cutter.cut(b"data: half") == b""
     assert cutter.rest() == b"data: half"
+
+
+def test_guesses_are_counted():
+    transcript = Transcript()
+    transcript.add(b'{"timings":{"predicted_n":40,"predicted_ms":500.0,"draft_n":32,"draft_n_accepted":21}}')
+    usage = transcript.usage()
+    assert (usage.generated, usage.seconds, usage.guessed, usage.accepted) == (40, 0.5, 32, 21)

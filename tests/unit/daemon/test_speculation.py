@@ -1,5 +1,6 @@
 import asyncio
 
+from mesh_llm.core.performance.speculation import Answer
 from mesh_llm.daemon.speculation import EngineGuessing
 from mesh_llm.engine.slots import SlotError
 from mesh_llm.runtime.supervision import TaskScope
@@ -76,3 +77,25 @@ async def test_a_pause_that_is_cancelled_does_not_last() -> None:
     assert switch.asked == [False, True]
     await guessing.close()
     await scope.close()
+
+
+async def test_guesses_that_do_not_pay_stop_and_come_back_unless_the_user_chose_them() -> None:
+    guessing, found, named = EngineGuessing(), FakeSwitch(), FakeSwitch()
+    guessing.opened("found", 1, found, auto=True)
+    guessing.opened("named", 1, named)
+    for number in range(80):
+        guesses = 200 + number % 2 * 100 if found.asked[-1:] != [False] else 0
+        answer = Answer(100, 1.0 + guesses * 0.01, guesses, 0)
+        guessing.answered("found", 1, answer)
+        guessing.answered("named", 1, answer)
+        guessing.answered("gone", 1, answer)
+        await settled()
+    assert found.asked[:3] == [False, True, False]
+    # A request that minds guesses changes nothing while there are none.
+    resume = await guessing.pause("found", 1)
+    asked = list(found.asked)
+    resume()
+    await settled()
+    assert (found.asked, named.asked) == (asked, [])
+    assert found.asked[-1] is False
+    await guessing.close()

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mesh_llm.core.performance.prompt_cache import Mark
+from mesh_llm.core.performance.speculation import Answer
 from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
 from mesh_llm.core.types.ids import NodeId
 
@@ -174,6 +175,10 @@ class Traffic(Protocol):
 
     def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
         """A request ended (`ok` False: the target failed it); `tokens` generated in `seconds` of generation."""
+        ...
+
+    def answered(self, model: str, target: Target, answer: Answer) -> None:
+        """After `finished`, with what the engine counted of an answer and of its guesses."""
         ...
 
     def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
