@@ -57,6 +57,15 @@ def test_guesses_that_are_all_alike_are_compared_with_none():
         assert (sum(state.on for state in states) > 25) == pays
 
 
+def test_answers_that_did_not_want_guesses_do_not_count_against_them():
+    state = Speculating()
+    for number in range(200):
+        state = after(state, answer(100, number % 4, 0.9, 0.02, 0.002, on=number % 3 > 0))
+        assert state.on
+    assert state.gain is not None
+    assert state.gain > 0.3
+
+
 def test_what_says_nothing_changes_nothing():
     state = Speculating()
     for one in (Answer(3, 1.0), Answer(100, 0.0), Answer(100, 1.0, 2, 3)):

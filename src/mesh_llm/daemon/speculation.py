@@ -30,11 +30,13 @@ class Switch(Protocol):
 class _Launch:
     """One engine. `pauses`: how many want it not to guess; `on`: what it was asked last.
 
-    `known`: whether guesses pay, where that decides; None where the user did.
+    `known`: whether guesses pay, where that decides; None where the user did. `warm`: it has answered before: the first
+    answer is slower than all others, and says nothing.
     """
 
     switch: Switch
     known: Speculating | None = None
+    warm: bool = False
     pauses: int = 0
     on: bool = True
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -56,6 +58,9 @@ class EngineGuessing:
         """A launch answered alone on this machine: guess on, or stop that, by what it gained."""
         launch = self._launches.get((model, term))
         if launch is None or launch.known is None:
+            return
+        if not launch.warm:
+            launch.warm = True
             return
         before, launch.known = launch.known, after(launch.known, answer)
         if launch.known.on != before.on:

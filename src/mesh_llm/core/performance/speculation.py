@@ -106,9 +106,13 @@ def after(state: Speculating, answer: Answer) -> Speculating:
     """What is known, and whether to guess, after one more answer. Pure; an answer that says nothing changes nothing."""
     if answer.tokens < _LEAST_TOKENS or answer.seconds <= 0.0 or answer.accepted > answer.guessed:
         return state
+    cost = state.cost.learned(answer)
+    if state.on and not answer.guessed:
+        # Nothing was there to guess, or a request did not want it: it only shows what a pass costs.
+        return msgspec.structs.replace(state, cost=cost)
     now = msgspec.structs.replace(
         state,
-        cost=state.cost.learned(answer),
+        cost=cost,
         tokens=state.tokens + answer.tokens,
         seconds=state.seconds + answer.seconds,
     )
