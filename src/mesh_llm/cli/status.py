@@ -116,10 +116,11 @@ def _prompt_caches(status: Status) -> list[str]:
 
 
 def _division(model: StatusModel) -> str:
-    """What of a model is on this node's GPU and what in main memory, and its cache; empty where all is as usual."""
+    """What of a model is on the GPU here, and what in memory; its cache and guesses. Empty where all is as usual."""
     cache = f"KV cache {model.cache_type}" if model.cache_type not in {"", "f16"} else ""
     where = f"{model.offload} ({size(model.device_bytes)} there, {size(model.host_bytes)} of main memory)"
-    parts = [where if model.offload else "", cache]
+    guessing = f"speculation {model.speculation}" if model.speculation else ""
+    parts = [where if model.offload else "", cache, guessing]
     return f"  {model.name}: {', '.join(filter(None, parts))}" if any(parts) else ""
 
 

@@ -28,7 +28,8 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     processor, in words, where it needs both; `device_bytes` and `host_bytes`: what it takes of its devices, and of main
     memory beside a GPU.
     `waiting`: requests that wait here for it to be loaded; `awaited`: what becomes of them, in words. `pinned`: this
-    node never unloads it; `unload_at`: UNIX seconds at which it unloads it if no request comes; else null.
+    node never unloads it; `speculation`: how its engine here guesses tokens ahead, and what that gains, in words;
+    `unload_at`: UNIX seconds at which it unloads it if no request comes; else null.
     """
 
     name: str
@@ -56,6 +57,7 @@ class StatusModel(msgspec.Struct, frozen=True, kw_only=True):
     awaited: str = ""
     pinned: bool = False
     unload_at: float | None = None
+    speculation: str = ""
 
 
 class StatusPeer(msgspec.Struct, frozen=True, kw_only=True):

@@ -260,7 +260,7 @@ class Engines:
         )
         self._watch_slots(effect, spec, outcome)
         auto = not effect.options.engine.speculation
-        self.guessing.opened(model, term, outcome.speculation, auto=auto)
+        self.guessing.opened(model, term, outcome.speculation, kind=spec.speculation_type, auto=auto)
         try:
             return await engine.wait()
         finally:

@@ -563,6 +563,7 @@ class Daemon:
             ),
             predict=performance.solo_speed,
             prompts=performance.prompt_speed,
+            guessing=core.engines.guessing.describe,
             lending=lambda: core.machine.lending,
             engine_parts=lambda: core.setup.parts,
             prompt_caches=lambda: self._prompt_caches(core.engines.caches),

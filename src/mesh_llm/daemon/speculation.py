@@ -47,10 +47,21 @@ class EngineGuessing:
 
     def __init__(self) -> None:
         self._launches: dict[tuple[str, int], _Launch] = {}
+        self._kinds: dict[tuple[str, int], str] = {}
         self._scope = TaskScope("speculation")
 
-    def opened(self, model: str, term: int, switch: Switch | None, *, auto: bool = False) -> None:
-        """A launch is ready. `switch`: None where it does not guess, or cannot be. `auto`: only while guesses pay."""
+    def opened(self, model: str, term: int, switch: Switch | None, *, kind: str = "", auto: bool = False) -> None:
+        """A launch is ready.
+
+        Args:
+            model: its name.
+            term: the launch's number.
+            switch: None where it does not guess, or cannot be switched.
+            kind: of its guesses, as llama.cpp names it; empty for none.
+            auto: it guesses only while that pays.
+        """
+        if kind:
+            self._kinds[model, term] = kind
         if switch is not None:
             self._launches[model, term] = _Launch(switch, Speculating() if auto else None)
 
@@ -71,6 +82,17 @@ class EngineGuessing:
     def closed(self, model: str, term: int) -> None:
         """A launch has ended."""
         self._launches.pop((model, term), None)
+        self._kinds.pop((model, term), None)
+
+    def describe(self, model: str, term: int) -> str:
+        """How a launch guesses, and what that gains, in words; empty if it does not."""
+        kind, launch = self._kinds.get((model, term), ""), self._launches.get((model, term))
+        if not kind or launch is None or launch.known is None:
+            return kind
+        if not launch.known.on:
+            return f"{kind}, off for the next tokens"
+        gain = launch.known.gain
+        return kind if gain is None else f"{kind}, gains {gain:.0%}"
 
     def active(self, model: str, term: int) -> bool:
         """Whether a launch guesses, and can be switched."""

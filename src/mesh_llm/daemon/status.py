@@ -65,6 +65,7 @@ class StatusSources:
         connected: nodes with a connection to this one.
         predict: predicted tokens per second of a model that this node serves alone.
         prompts: how fast a model reads prompts here, by its name.
+        guessing: how a launch, by model and term, guesses tokens ahead, in words.
         lending: as in Machine.
         engine_parts: what is built for the engine on this machine.
         prompt_caches: the saved prompt caches; None where none are saved.
@@ -80,6 +81,7 @@ class StatusSources:
     connected: Callable[[], Collection[NodeId]] = tuple
     predict: Callable[[Launch], float | None] = lambda _: None
     prompts: Callable[[str], PromptSpeed] = lambda _: PromptSpeed()
+    guessing: Callable[[str, int], str] = lambda _model, _term: ""
     scope_of: Callable[[NodeId], str] = lambda _: ""
     transport_of: Callable[[NodeId], tuple[str, str]] = lambda _: ("", "")
     lending: Callable[[], str] = str
@@ -173,7 +175,9 @@ class StatusBuilder:
         if launch is not None and launch.status is ModelStatus.WARM:
             due = self._node.unload_at(launch)
             at = None if due is None else round(self._node.config.epoch + due, 1)
-            model = msgspec.structs.replace(model, pinned=self._node.is_pinned(launch.model), unload_at=at)
+            guessing = self._sources.guessing(launch.model, launch.term)
+            pinned = self._node.is_pinned(launch.model)
+            model = msgspec.structs.replace(model, pinned=pinned, unload_at=at, speculation=guessing)
         if launch is not None and launch.status is ModelStatus.FAILED and launch.restart_at is not None:
             return msgspec.structs.replace(model, retry_at=round(self._node.config.epoch + launch.restart_at, 1))
         if (

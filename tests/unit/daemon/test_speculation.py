@@ -79,6 +79,19 @@ async def test_a_pause_that_is_cancelled_does_not_last() -> None:
     await scope.close()
 
 
+async def test_it_says_what_guesses_gain() -> None:
+    guessing = EngineGuessing()
+    guessing.opened("m", 1, FakeSwitch(), kind="draft-simple", auto=True)
+    guessing.opened("fixed", 1, None, kind="ngram-map-k")
+    assert (guessing.describe("m", 1), guessing.describe("fixed", 1)) == ("draft-simple", "ngram-map-k")
+    for answer in (Answer(90, 9.0), Answer(100, 10.0), Answer(100, 5.0, 60, 50)):
+        guessing.answered("m", 1, answer)
+    assert guessing.describe("m", 1).startswith("draft-simple, gains ")
+    guessing.closed("m", 1)
+    assert guessing.describe("m", 1) == ""
+    await guessing.close()
+
+
 async def test_guesses_that_do_not_pay_stop_and_come_back_unless_the_user_chose_them() -> None:
     guessing, found, named = EngineGuessing(), FakeSwitch(), FakeSwitch()
     guessing.opened("found", 1, found, auto=True)
