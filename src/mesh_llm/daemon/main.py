@@ -452,7 +452,8 @@ class Daemon:
         performance = PerformanceServices(net, node, machine, home, post, published.changes.notify)
         stack.push_async_callback(performance.close)
         if engines.caches is not None:
-            moves = PromptMoves(net, engines.caches, performance.measure_link, limit.take, self._clock)
+            measure = performance.measure_link
+            moves = PromptMoves(net, engines.caches, measure, limit.take, self._standing, self._clock)
             engines.caches.moves = moves
             api.watch_moves(lambda: (moves.count.taken, moves.count.given))
             stack.push_async_callback(moves.close)
@@ -624,7 +625,7 @@ class Daemon:
         return self._core.node.members if self._core is not None else ()
 
     def _standing(self, node: NodeId) -> Standing:
-        """Who another node is that asks for a model."""
+        """Who another node is that asks for a model, or that has or wants a prompt cache."""
         core = self._core
         scope = core.net.scope_of(node) if core is not None else None
         if core is None or scope is None:

@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from mesh_llm.core.performance.prompt_cache import LEAST_TOKENS, Mark, MoveSpeed
+from mesh_llm.core.types.announcement import Standing
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import PromptElsewhere
 from mesh_llm.daemon.link_meter import Measured
@@ -148,17 +149,19 @@ class PromptMoves:
         holdings: Holdings,
         measure: Callable[[NodeId], Awaitable[Measured]],
         take: Callable[[int], Awaitable[None]],
+        standing: Callable[[NodeId], Standing],
         clock: Callable[[], float],
     ) -> None:
         """Answer such streams from now on.
 
         `measure`: measures the link to a node, or raises ConnectionError, TimeoutError. `take`: returns when so many
-        bytes may be sent.
+        bytes may be sent. `standing`: who a node is; caches come from members and go to members, never strangers.
         """
         self._net = net
         self._holdings = holdings
         self._measure = measure
         self._take = take
+        self._standing = standing
         self._clock = clock
         self._peers: OrderedDict[NodeId, _Known] = OrderedDict()
         self._giving = asyncio.Lock()
@@ -176,11 +179,13 @@ class PromptMoves:
     async def speed_of(self, node: NodeId, seconds: float) -> MoveSpeed | None:
         """What is known of the way from a node. Where it is unknown, it is measured, and awaited for so many seconds.
 
-        None also for a node that may not answer requests, and for one that sent something odd within the last hour.
+        None also for a node that may not answer requests or is a stranger, and for one that sent something odd within
+        the last hour.
         """
-        scope = self._net.scope_of(node)
+        if self._standing(node) != "member":
+            return None
         known, now = self._known(node), self._clock()
-        if scope is None or scope < Scope.SERVE or now < known.distrusted_until:
+        if now < known.distrusted_until:
             return None
         if now >= known.measure_at and known.measuring is None:
             known.measuring = self._scope.spawn(self._measure_link(node, known), f"measure {node[:10]}")
@@ -301,6 +306,8 @@ class PromptMoves:
         await stream.finish()
 
     async def _give(self, stream: PeerStream, asker: NodeId, asked: CacheParameters, question: CacheQuestion) -> None:
+        if self._standing(asker) != "member":
+            raise _NothingError("it gives none to nodes that came by a public listing")
         if not self._may_ask(asker):
             raise _NothingError("it asks too often")
         if self._giving.locked():

@@ -14,6 +14,7 @@ from tests.support.bulk_pipe import BulkPipe
 
 from mesh_llm.core.performance.prediction import Link
 from mesh_llm.core.performance.prompt_cache import Mark
+from mesh_llm.core.types.announcement import Standing
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.daemon import prompt_moves
 from mesh_llm.daemon.link_meter import Measured
@@ -105,14 +106,10 @@ class Net:
         self.serve: Serve | None = None
         self.other: Net | None = None
         self.served: list[asyncio.Task[None]] = []
-        self.scope: Scope | None = Scope.SERVE
 
     def register(self, kind: StreamType, handler: Serve, *, scope: Scope, per_peer: int) -> None:
         assert (kind, scope, per_peer) == (StreamType.PROMPT_CACHE, Scope.SERVE, 2)
         self.serve = handler
-
-    def scope_of(self, node: NodeId) -> Scope | None:
-        return self.scope if node == HOLDER else None
 
     async def open(self, node: NodeId, kind: StreamType, parameters: bytes, scope: Scope) -> Stream:
         assert self.other is not None
@@ -142,6 +139,7 @@ class Pair:
     holdings: Holdings
     now: list[float]
     links: list[Link | None]
+    standings: dict[NodeId, Standing]
     measured: int = 0
 
     async def fetch(
@@ -177,9 +175,13 @@ async def pair() -> AsyncIterator[Pair]:
         await asyncio.sleep(0)
 
     def moves(net: Net) -> PromptMoves:
-        return PromptMoves(cast("MeshNet", net), holdings, measure, take, lambda: now[0])
+        return PromptMoves(cast("MeshNet", net), holdings, measure, take, standing, lambda: now[0])
 
-    made = Pair(moves(one), moves(other), one, holdings, now, list[Link | None](links))
+    def standing(node: NodeId) -> Standing:
+        return standings.get(node, "stranger")
+
+    standings: dict[NodeId, Standing] = {ASKER: "member", HOLDER: "member"}
+    made = Pair(moves(one), moves(other), one, holdings, now, list[Link | None](links), standings)
     links = made.links
     yield made
     await made.asker.close()
@@ -359,10 +361,20 @@ async def test_a_link_is_measured_once_and_corrected_by_moves(pair: Pair) -> Non
 async def test_only_members_that_may_answer_are_asked(pair: Pair) -> None:
     """A peer can name any node: those that are not known are not even dialled."""
     assert await pair.asker.speed_of(NodeId("d" * 64), 1.0) is None
-    for scope in (None, Scope.CLIENT):
-        pair.net.scope = scope
+    for standing in ("client", "stranger"):
+        pair.standings[HOLDER] = standing
         assert await pair.asker.speed_of(HOLDER, 1.0) is None
     assert pair.measured == 0
+
+
+async def test_strangers_are_given_nothing_and_learn_nothing(pair: Pair) -> None:
+    """One that came by a public listing may serve, but is not told whether somebody's prompt was seen here."""
+    for standing in ("client", "stranger"):
+        pair.standings[ASKER] = standing
+        assert (await pair.fetch())[0] == 0
+    assert (pair.holdings.asked, pair.holder.count.given) == (0, 0)
+    pair.standings[ASKER] = "member"
+    assert (await pair.fetch())[0] == ALL
 
 
 async def test_a_link_that_cannot_be_measured_moves_nothing(pair: Pair) -> None:
