@@ -205,9 +205,15 @@ async def test_idle_connections_are_closed_where_there_are_many_and_made_again_w
         peer = MeshNode(node.net.invite_book.token(), idle_after=0.4)
         async with running(peer):
             assert (await peer.net.joiner.join()).admitted
+            # The streams of probes and gossip last as long as the connection: they do not keep it open.
+            for one, other in ((peer, node), (node, peer)):
+                one.net.send(other.net.node_id, Ping(nonce=1))
+                one.net.send(other.net.node_id, Exchange(entries=(one.announcement(),)))
+                await other.seen(MessageReceived, lambda event: isinstance(event.message, Exchange))
             lost = await peer.seen(PeerLost)
             assert (lost.reason, lost.clean) == ("idle", True)
             peer.events.clear()
+            node.events.clear()
             peer.net.send(node.net.node_id, Ping(nonce=7))
             await node.seen(MessageReceived)
             assert [event for event in peer.events if isinstance(event, PeerConnected)]

@@ -198,6 +198,8 @@ def peer_row(peer: StatusPeer) -> tuple[str, ...]:
     name = peer.name or peer.node_id[:10]
     serving = ", ".join(peer.serving) or "-"
     path = f"{peer.path}, {peer.transport}" if peer.transport in {"tcp", "quic"} else peer.path
+    if peer.transport == "quic" and peer.transport_reason:
+        path += f": {peer.transport_reason}"
     return (name, peer.role, peer.scope or "-", peer.state, serving, size(peer.memory_bytes), rtt, path)
 
 

@@ -219,10 +219,13 @@ class ConnectionManager:
         await self._scope.close()
 
     def close_idle(self, *, passive: bool) -> None:
-        """Close idle connections above `keep_open`; a passive node closes all its idle ones."""
+        """Close idle connections above `keep_open`; a passive node closes all its idle ones.
+
+        Those that this node dialled go first: it can make them again. Of each kind the least recently used goes first.
+        """
         now = time.monotonic()
         spare = len(self._current) - self.limits.keep_open
-        for connection in sorted(self._current.values(), key=lambda entry: entry.last_used):
+        for connection in sorted(self._current.values(), key=lambda entry: (not entry.dialed, entry.last_used)):
             if connection.busy:
                 continue
             idle = now - connection.last_used

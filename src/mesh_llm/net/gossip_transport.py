@@ -346,8 +346,9 @@ class SendQueue:
         if kept is None:
             # Another connection took its place: the old one's peer may be dead without anybody knowing.
             self.drop_stream()
-        if kept is not None and not kept.ended:
+        if kept is not None and self._connection is not None and not kept.ended:
             try:
+                self._connection.touch()
                 await self._write(kept, batch)
                 return
             except ConnectionError:

@@ -27,7 +27,7 @@ class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
         admissions_per_second: per source address, in the long run.
         admission_burst: per source address, at once.
         connections: admitted connections in all, three quarters of them of clients; further ones are refused.
-        keep_open: above this number, idle connections are closed, least recently used first.
+        keep_open: above this number, idle connections are closed, first those that this node dialled.
         idle_after: a connection that was unused for this time is idle.
         idle_client_after: the same for connections of passive nodes; these are closed at any number.
         retry_base: pause after a failed dial; doubles up to `retry_most`.

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from mesh_llm.cli.status import render
+from mesh_llm.cli.status import peer_row, render
 from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 from mesh_llm.core.types.errors import duration, size
 
@@ -55,6 +55,24 @@ def test_models_and_peers_are_listed() -> None:
     assert "mesh-llm --join mesh1abc" in text
     assert "Its scope is split: it may send requests, answer them, and lend memory." in text
     assert "lap   serve  serve  alive" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "transport", "reason", "shown"),
+    [
+        ("direct", "tcp", "", "direct, tcp"),
+        ("direct", "quic", "", "direct, quic"),
+        ("direct", "quic", "TCP gave no answer within 3 s", "direct, quic: TCP gave no answer within 3 s"),
+        # The path says why already.
+        ("relay", "relay", "the nodes do not reach each other directly", "relay"),
+    ],
+)
+def test_a_peer_that_is_not_reached_over_tcp_has_the_reason(path: str, transport: str, reason: str, shown: str) -> None:
+    peer = StatusPeer(
+        node_id="c" * 64, name="lap", role="serve", state="alive", path=path, transport=transport,
+        transport_reason=reason,
+    )  # fmt: skip
+    assert peer_row(peer)[-1] == shown
 
 
 def test_addresses_and_the_need_of_a_key_are_said() -> None:

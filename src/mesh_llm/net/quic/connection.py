@@ -1,6 +1,7 @@
 """One admitted connection to a peer, and who answers the streams that the peer opens."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -104,17 +105,20 @@ class StreamDispatcher:
                 for stream in list(self._open.get((node, kind), ())):
                     stream.abort(ResetCode.WRONG_SCOPE)
 
-    async def serve(self, stream: PeerStream, peer: Peer) -> None:
-        """Read the header and serve the stream to its end. A peer cannot make it raise."""
+    async def serve(self, stream: PeerStream, peer: Peer, lasting: Callable[[], None] = lambda: None) -> None:
+        """Read the header and serve the stream to its end. A peer cannot make it raise.
+
+        `lasting` is called when the stream turns out to be one that lasts as long as the connection.
+        """
         try:
-            await self._serve(stream, peer)
+            await self._serve(stream, peer, lasting)
         except ConnectionError as error:
             _log.debug("stream ended", peer=peer.node[:10], reason=str(error))
         finally:
             if not stream.ended:
                 stream.abort()
 
-    async def _serve(self, stream: PeerStream, peer: Peer) -> None:
+    async def _serve(self, stream: PeerStream, peer: Peer, lasting: Callable[[], None]) -> None:
         payload = stream.frame_at_hand(MAX_HEADER)
         if payload is None:
             try:
@@ -148,6 +152,8 @@ class StreamDispatcher:
             self._refuse(stream, peer, ResetCode.BUSY, "too many streams")
             return
         streams.add(stream)
+        if kind in _BACKGROUND:
+            lasting()
         try:
             if kind in ACKNOWLEDGED:
                 await stream.accept()
@@ -229,10 +235,9 @@ class PeerConnection:
 
     async def _serve_one(self, stream: IrohStream) -> None:
         self.begin()
-        try:
-            await self._dispatcher.serve(stream, self.peer)
-        finally:
-            self.end()
+        with contextlib.ExitStack() as counted:
+            counted.callback(self.end)
+            await self._dispatcher.serve(stream, self.peer, counted.close)
 
     async def open(self, kind: StreamType, parameters: bytes = b"", scope: Scope = Scope.CLIENT) -> IrohStream:
         """Open a stream; its header is sent with the first write. It is ended if the peer has less than `scope`.
@@ -310,6 +315,10 @@ class PeerConnection:
     def close(self, code: CloseCode, reason: str) -> None:
         """Close the connection now; the peer gets code and reason."""
         self.raw.close(int(code), reason.encode()[:200])
+
+    def touch(self) -> None:
+        """Note that the connection is used now, also where no counted stream shows it."""
+        self.last_used = time.monotonic()
 
     def begin(self) -> None:
         """Count a stream, whichever transport carries it: the connection is busy until `end`."""

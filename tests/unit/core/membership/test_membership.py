@@ -274,6 +274,9 @@ class TestSilence:
         bench.meet(A, B)
         assert not sent(bench.do(PeerLost(node=A, clean=True)), A)
         assert bench.membership.trusts(A)
+        # It gets messages in its turn as before: sending makes a connection again.
+        assert exchanges(bench.wait(5.0), A)
+        assert bench.membership.trusts(A)
         assert sent(bench.do(PeerLost(node=B)), B)
         assert not bench.membership.trusts(B)
 
