@@ -27,6 +27,7 @@ from mesh_llm.wire.mesh.frames import (
     MAX_HEADER,
     CloseCode,
     ResetCode,
+    StreamHeader,
     StreamType,
     decode_header,
     encode_header,
@@ -119,19 +120,8 @@ class StreamDispatcher:
                 stream.abort()
 
     async def _serve(self, stream: PeerStream, peer: Peer, lasting: Callable[[], None]) -> None:
-        payload = stream.frame_at_hand(MAX_HEADER)
-        if payload is None:
-            try:
-                async with asyncio.timeout(self._header_timeout):
-                    payload = await stream.read_frame(MAX_HEADER)
-            except TimeoutError:
-                self._refuse(stream, peer, ResetCode.TIMEOUT, "no header")
-                return
-        header = Malformed("no header") if payload is None else payload
-        if isinstance(header, bytes):
-            header = decode_header(header)
-        if isinstance(header, Malformed):
-            self._refuse(stream, peer, ResetCode.PROTOCOL, "malformed header")
+        header = await self._read_header(stream, peer)
+        if header is None:
             return
         kind = known_type(header.type)
         entry = self._entries.get(kind) if kind is not None else None
@@ -165,6 +155,24 @@ class StreamDispatcher:
             streams.discard(stream)
             if not streams:
                 self._open.pop(key, None)
+
+    async def _read_header(self, stream: PeerStream, peer: Peer) -> StreamHeader | None:
+        """The header; None if there is no good one in time: then the stream was reset."""
+        payload = stream.frame_at_hand(MAX_HEADER)
+        if payload is None:
+            try:
+                async with asyncio.timeout(self._header_timeout):
+                    payload = await stream.read_frame(MAX_HEADER)
+            except TimeoutError:
+                self._refuse(stream, peer, ResetCode.TIMEOUT, "no header")
+                return None
+        header = Malformed("no header") if payload is None else payload
+        if isinstance(header, bytes):
+            header = decode_header(header)
+        if isinstance(header, Malformed):
+            self._refuse(stream, peer, ResetCode.PROTOCOL, "malformed header")
+            return None
+        return header
 
     def _refuse(self, stream: PeerStream, peer: Peer, code: ResetCode, reason: str) -> None:
         self.refused[reason] += 1
