@@ -455,25 +455,38 @@ async def gossip_of(sender: MeshNode, receiver: MeshNode) -> None:
     await receiver.seen(MessageReceived, lambda event: bool(getattr(event.message, "entries", ())))
 
 
-async def test_who_came_by_the_listing_is_known_by_what_its_admission_rests_on() -> None:
+async def test_a_stranger_is_known_to_every_node_by_what_its_admission_rests_on() -> None:
     founder = MeshNode()
     async with joined(founder, "serve") as (friend,):
-        stranger = MeshNode(founder.net.invite_book.published(Scope.SERVE))
+        listed, proof = await founder.net.listing_invite("serve", b"a" * 32)
+        assert proof
+        assert (await founder.net.listing_invite("serve", b"a" * 32))[0] == listed
+        stranger = MeshNode(listed)
         async with running(stranger):
             await join(stranger)
             guest = MeshNode(token(stranger, "serve"))
             async with running(guest):
                 await join(guest)
                 ids = {one: one.net.node_id for one in (founder, friend, stranger, guest)}
-                await founder.seen(PeerConnected, lambda event: event.node == ids[stranger])
-                assert not founder.net.came_by_listing(ids[friend], ())
-                assert founder.net.came_by_listing(ids[stranger], ())
-                await guest.net.connections.get(ids[stranger])
                 guest.net.connections.addresses.learn(ids[founder], founder.net.reachable().addresses, "")
                 await guest.net.connections.get(ids[founder])
                 await founder.seen(PeerConnected, lambda event: event.node == ids[guest])
-                assert founder.net.came_by_listing(ids[guest], ())
-                # Who does not list the mesh cannot tell, and takes nobody for a friend that the founder admitted.
-                assert friend.net.came_by_listing(ids[stranger], {ids[founder]})
-                assert not friend.net.came_by_listing(ids[founder], {ids[founder]})
-                assert not friend.net.came_by_listing(ids[stranger], ())
+                # Nobody published anything of which this node was told: the chains alone say it.
+                await friend.net.connections.get(ids[founder])
+                for one in (stranger, guest):
+                    friend.net.connections.addresses.learn(ids[one], one.net.reachable().addresses, "")
+                    await friend.net.connections.get(ids[one])
+                for judge in (founder, friend):
+                    standings = [judge.net.standing_of(ids[one]) for one in (stranger, guest)]
+                    assert standings == ["stranger", "stranger"]
+                assert founder.net.standing_of(ids[friend]) == "member"
+                assert friend.net.standing_of(ids[founder]) == "member"
+                # Of a publisher of an older version nobody knows which invites were public.
+                assert guest.net.standing_of(ids[founder], {ids[founder]}) == "member"
+                assert stranger.net.standing_of(ids[friend], {ids[founder]}) == "stranger"
+                # An invite of its own makes it a member; so does each wider scope.
+                await founder.net.grant(ids[stranger], "stranger", Scope.SPLIT)
+                assert founder.net.standing_of(ids[stranger]) == "member"
+                await gossip_of(stranger, friend)
+                assert friend.net.standing_of(ids[stranger]) == "member"
+                assert friend.net.standing_of(ids[guest]) == "stranger"

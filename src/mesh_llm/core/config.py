@@ -275,6 +275,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         split: what the user fixed by hand about split models.
         yields: when it yields the machine to its owner.
         publicity: the user's wish that the mesh be listed (`--publish`).
+        marks_listings: all invites that this node published have the mark of public ones.
         on_demand: models that are loaded because somebody asks for them.
     """
 
@@ -298,6 +299,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     split: SplitOptions = SplitOptions()
     yields: YieldPolicy = YieldPolicy()
     publicity: ListingPolicy | None = None
+    marks_listings: bool = False
     on_demand: OnDemandPolicy = OnDemandPolicy()
 
     def settings_of(self, model: ModelName) -> ModelSettings:

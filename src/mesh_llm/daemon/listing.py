@@ -186,7 +186,7 @@ class ListingPublisher:
 
     async def _publish(self, listing: Listing) -> None:
         board = self._board or await self._open(listing)
-        token, proof = self._net.listing_invite(listing.scope, self._author)
+        token, proof = await self._net.listing_invite(listing.scope, self._author)
         board.publish(encode_posting(Posting(listing=listing, token=token, proof=proof)), self._settings.life)
 
     async def _open(self, listing: Listing) -> "ListingBoard":

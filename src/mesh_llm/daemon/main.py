@@ -627,13 +627,10 @@ class Daemon:
     def _standing(self, node: NodeId) -> Standing:
         """Who another node is that asks for a model, or that has or wants a prompt cache."""
         core = self._core
-        scope = core.net.scope_of(node) if core is not None else None
-        if core is None or scope is None:
+        if core is None:
             return "stranger"
-        publishers = {one.announcement.node for one in core.node.members if one.announcement.publicity is not None}
-        if core.net.came_by_listing(node, publishers):
-            return "stranger"
-        return "client" if scope < Scope.SERVE else "member"
+        wishes = ((one.announcement.node, one.announcement.publicity) for one in core.node.members)
+        return core.net.standing_of(node, {publisher for publisher, wish in wishes if wish and not wish.marked})
 
     def _name_of(self, node: NodeId) -> str:
         """A node's name for people."""
@@ -694,6 +691,7 @@ def node_config(settings: Settings, net: MeshNet, machine: Machine, now: float) 
         split=settings.split,
         yields=settings.yields,
         publicity=settings.discovery.publicity,
+        marks_listings=net.invite_book.all_marked,
         timings=Timings(listing_refresh=settings.discovery.period),
         epoch=clock - now,
         can_fetch=settings.fetch and machine.source is not None,

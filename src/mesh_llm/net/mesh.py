@@ -1,5 +1,6 @@
 """The mesh as the daemon uses it: joins, sends, serves streams, and reports what happens as core events."""
 
+import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Collection
@@ -9,6 +10,7 @@ import msgspec
 import structlog
 
 from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.types.announcement import Standing
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import MeshId, NodeId
@@ -43,9 +45,9 @@ from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import KEY_BYTES, encode
 from mesh_llm.wire.discovery import author_proof
 from mesh_llm.wire.mesh.admission import SESSION_BYTES, Refusal, Scope, refusal_error
-from mesh_llm.wire.mesh.certificates import Certificate, rests_on
+from mesh_llm.wire.mesh.certificates import Certificate, came_by_listing, rests_on
 from mesh_llm.wire.mesh.frames import StreamType
-from mesh_llm.wire.mesh.invites import Invite, Revocation
+from mesh_llm.wire.mesh.invites import NONCE_BYTES, Invite, Revocation, listing_nonce
 
 _DIRECT = frozenset(
     {
@@ -182,17 +184,24 @@ class MeshNet:
         """What this node may do in the mesh; None before its first admission."""
         return self.credentials.scope
 
-    def came_by_listing(self, node: NodeId, publishers: Collection[NodeId]) -> bool:
-        """Whether a node's admission may rest on an invite of a public listing; `publishers`: who lists the mesh.
+    def standing_of(self, node: NodeId, unmarked: Collection[NodeId] = ()) -> Standing:
+        """Who another node is in this mesh, by what its admission rests on: whoever came by a listing is a stranger.
 
-        Nobody but a publisher can tell which of its invites were public, so all of another one's count.
+        `unmarked`: members that list the mesh with invites without `LISTING_MARK`, as versions up to 0.2 did. Nobody
+        but themselves can tell which of their invites were public, so all of them count.
         """
         certificate = self._certificate_of(node)
-        others = frozenset(publishers) - {node, self.node_id}
         if certificate is None:
-            return bool(others)
+            return "stranger"
         names = rests_on(certificate.links)
-        return any(map(self.invite_book.is_published, names)) or not others.isdisjoint(map(bytes.hex, names))
+        others = frozenset(unmarked) - {node, self.node_id}
+        if (
+            came_by_listing(names)
+            or any(map(self.invite_book.is_published, names))
+            or not others.isdisjoint(map(bytes.hex, names))
+        ):
+            return "stranger"
+        return "client" if self.issuer.scope_of(certificate) < Scope.SERVE else "member"
 
     @property
     def founder(self) -> bool:
@@ -352,14 +361,18 @@ class MeshNet:
 
     # Invites and revocations
 
-    def listing_invite(self, scope: str, author: bytes) -> tuple[str, bytes]:
+    async def listing_invite(self, scope: str, author: bytes) -> tuple[str, bytes]:
         """For a public listing: an invite of this scope, and this node's signature for the listing's author.
 
         Raises MeshError if this node may not issue such an invite.
         """
-        return self.invite_book.published(Scope.parse(scope)), author_proof(
-            self.mesh_id, author, self.credentials.key.sign
-        )
+        key, wanted = self.credentials.key, Scope.parse(scope)
+        token = self.invite_book.in_listing(wanted)
+        if not token:
+            # Many hashes: in this thread they would delay running streams.
+            nonce = await asyncio.to_thread(listing_nonce, key.public, os.urandom(NONCE_BYTES))
+            token = self.invite_book.publish(wanted, nonce)
+        return token, author_proof(self.mesh_id, author, key.sign)
 
     def create_invite(self, scope: str | None, lifetime_seconds: float, uses: int | None) -> InviteRecord:
         """Issue an invite; `scope` None: that of the token printed at start. Raises MeshError."""

@@ -37,6 +37,7 @@ class ListingPublisher:
     def __init__(self, config: NodeConfig) -> None:
         self._node = config.node
         self._timings = config.timings
+        self._marked = config.marks_listings
         self.policy = config.publicity
         """How the user wants the mesh listed; None: not at all."""
         self._settled: float | None = None
@@ -59,7 +60,7 @@ class ListingPublisher:
         """The policy as this node announces it."""
         if self.policy is None:
             return None
-        return msgspec.structs.replace(self.policy, failing=self._failures >= _FAILURES)
+        return msgspec.structs.replace(self.policy, failing=self._failures >= _FAILURES, marked=self._marked)
 
     def deadline(self) -> float | None:
         """When to evaluate again if nothing happens before."""

@@ -158,6 +158,7 @@ class ListingPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         max_clients: passive nodes at which the mesh is full and no longer listed; 0: no limit.
         scope: of the invite in the listing.
         failing: no relay accepts this node's listing at present; another member should publish it.
+        marked: the invites of its listings say by their ids that they were public; not so up to version 0.2.
     """
 
     name: Annotated[str, msgspec.Meta(max_length=MAX_MESH_NAME, pattern=ONE_LINE)] = ""
@@ -165,6 +166,7 @@ class ListingPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     max_clients: Annotated[int, msgspec.Meta(ge=0, le=MAX_CLIENTS)] = 0
     scope: ListingScope = "serve"
     failing: bool = False
+    marked: Annotated[bool, LATER] = False
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

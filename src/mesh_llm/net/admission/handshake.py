@@ -43,6 +43,7 @@ from mesh_llm.wire.mesh.admission import (
 )
 from mesh_llm.wire.mesh.certificates import (
     Certificate,
+    came_by_listing,
     check_certificate,
     check_chain,
     decode_certificate,
@@ -292,10 +293,12 @@ class CertificateIssuer:
         return self._invites.redeem(invite, node) or made
 
     def _may_gain(self, invite: Invite, held: Certificate) -> bool:
-        """Whether an invite may give more: a wider scope, or another inviter when renewal is due."""
+        """Whether an invite may give more: a wider scope, a member's standing, or another inviter at renewal."""
         scope = self.scope_of(held)
         if invite.terms.scope != scope:
             return invite.terms.scope > scope
+        if came_by_listing(rests_on(held.links)) and not came_by_listing(invite_rests_on(invite)):
+            return True
         return self.due(held) and invite.id not in rests_on(held.links)
 
     def _certificate_by_invite(self, invite: Invite, node: bytes, own: Certificate) -> Certificate | Refusal:
@@ -340,8 +343,13 @@ class CertificateIssuer:
         return certificate.expires - self.clock() <= lifetime_of(certificate.scope) / 2
 
     def _gains(self, fresh: Certificate, held: Certificate) -> bool:
-        """Whether a certificate permits more than the held one, or lasts longer and comes when renewal is due."""
-        if self.scope_of(fresh) > self.scope_of(held):
+        """Whether a certificate permits more than the held one, or lasts longer and comes when renewal is due.
+
+        A node that came by a public listing gains by an invite of its own: it is no stranger any more.
+        """
+        wider = self.scope_of(fresh) - self.scope_of(held)
+        stranger = came_by_listing(rests_on(held.links)) and not came_by_listing(rests_on(fresh.links))
+        if wider > 0 or (wider == 0 and stranger):
             return True
         return self.due(held) and fresh.expires >= held.expires + _WORTH_RENEWING
 

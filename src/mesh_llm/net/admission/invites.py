@@ -15,7 +15,7 @@ from mesh_llm.net.admission.revocations import revoke_invite
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.runtime.supervision import error_text
 from mesh_llm.wire.mesh.admission import Reason, Refusal, Scope, Subject, refusal_error
-from mesh_llm.wire.mesh.certificates import rests_on
+from mesh_llm.wire.mesh.certificates import came_by_listing, rests_on
 from mesh_llm.wire.mesh.invites import (
     NONCE_BYTES,
     Contact,
@@ -103,6 +103,16 @@ class InviteBook:
         entry = self._stored.get(invite.hex())
         return entry is not None and entry.published
 
+    @property
+    def all_marked(self) -> bool:
+        """Whether other nodes see who came by this node's listings: by the mark of all its published invites.
+
+        Those of versions up to 0.2 have no mark. They count until they are revoked: who came by them may still be
+        there.
+        """
+        shown = (entry for entry in self._stored.values() if entry.published and not entry.revoked)
+        return all(map(_is_marked, shown))
+
     def records(self) -> list[InviteRecord]:
         """All invites, newest first, without their tokens."""
         entries = sorted(self._stored.values(), key=lambda entry: entry.created, reverse=True)
@@ -139,12 +149,16 @@ class InviteBook:
         """The widest scope that this node may give, up to what the user set for invites without a named scope."""
         return min(self._widest, self._credentials.scope or self._widest)
 
-    def published(self, scope: Scope) -> str:
-        """The token for a public listing; a new one when half its life is over. Raises MeshError."""
-        shown = [entry for entry in self._stored.values() if entry.published and entry.scope == scope.word]
-        if good := self._reusable(shown, PUBLISHED_LIFETIME):
-            return good.token
-        made = self._create(scope, PUBLISHED_LIFETIME, 0, keep=False)
+    def in_listing(self, scope: Scope) -> str:
+        """The token for a public listing that is still good; empty if a new one is due: see `publish`."""
+        entries = self._stored.values()
+        shown = [entry for entry in entries if entry.published and entry.scope == scope.word and _is_marked(entry)]
+        good = self._reusable(shown, PUBLISHED_LIFETIME)
+        return good.token if good is not None else ""
+
+    def publish(self, scope: Scope, nonce: bytes) -> str:
+        """Make the token for a public listing. `nonce`: a `listing_nonce` of this node. Raises MeshError."""
+        made = self._create(scope, PUBLISHED_LIFETIME, 0, nonce, keep=False)
         made.published = True
         self._try_write()
         return made.token
@@ -194,7 +208,9 @@ class InviteBook:
         self._try_write()
         return _record(entry, with_token=False), revocation
 
-    def _create(self, scope: Scope, lifetime: float, uses: int, *, keep: bool = True) -> _StoredInvite:
+    def _create(
+        self, scope: Scope, lifetime: float, uses: int, nonce: bytes = b"", *, keep: bool = True
+    ) -> _StoredInvite:
         if not 60 <= lifetime <= MAX_LIFETIME:
             raise MeshError(
                 code="invite_lifetime",
@@ -220,7 +236,7 @@ class InviteBook:
                 hint="Revoke some: `mesh-llm invite list`, `mesh-llm invite revoke ID`.",
                 status=409,
             )
-        invite = self._issue(scope, int(min(now + lifetime, self._limit())), uses)
+        invite = self._issue(scope, int(min(now + lifetime, self._limit())), uses, nonce or self._private_nonce())
         entry = _StoredInvite(
             id=invite.id.hex(),
             nonce=invite.terms.nonce.hex(),
@@ -235,12 +251,17 @@ class InviteBook:
             self._write_or_undo(lambda: self._stored.pop(entry.id))
         return entry
 
-    def _issue(self, scope: Scope, expires: int, uses: int) -> Invite:
+    def _private_nonce(self) -> bytes:
+        """A nonce whose invite no node takes for one of a listing."""
+        while came_by_listing((invite_id(self._credentials.key.public, nonce := os.urandom(NONCE_BYTES)),)):
+            pass
+        return nonce
+
+    def _issue(self, scope: Scope, expires: int, uses: int, nonce: bytes) -> Invite:
         credentials = self._credentials
         own = credentials.scope
         if own is not None and scope > own:
             raise refusal_error(Refusal(Reason.WRONG_SCOPE, Subject.INVITE, f"this node has scope {own.word}"))
-        nonce = os.urandom(NONCE_BYTES)
         if credentials.mesh_key is not None:
             terms = InviteTerms(credentials.mesh_key.public, (self._contact(),), nonce, scope, expires, uses)
             issued = issue_invite(terms, None, credentials.mesh_key.sign)
@@ -316,6 +337,10 @@ class InviteBook:
 
     def _encoded(self) -> bytes:
         return msgspec.json.encode(list(self._stored.values()))
+
+
+def _is_marked(entry: _StoredInvite) -> bool:
+    return came_by_listing((bytes.fromhex(entry.id),))
 
 
 def _record(entry: _StoredInvite, *, with_token: bool) -> InviteRecord:

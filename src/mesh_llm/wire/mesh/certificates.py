@@ -37,6 +37,13 @@ Seconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 NO_INVITE = bytes(INVITE_ID_BYTES)
 """The invite id in a founder's link, which has no invite."""
+LISTING_MARK = b"\xff\xff"
+"""The last bytes of the id of an invite that was made for a public listing, and of no other invite.
+
+Every admission contains the ids of the invites on which it rests, signed. So each node sees by itself who came by a
+listing, also when the publisher is away or the listing has ended. One in 65,536 invites of versions up to 0.2 has the
+mark by chance.
+"""
 
 
 class Link(msgspec.Struct, frozen=True, array_like=True):
@@ -137,6 +144,11 @@ def rests_on(links: Iterable[Link]) -> frozenset[bytes]:
             names.add(link.inviter)
     names.discard(NO_INVITE)
     return frozenset(names)
+
+
+def came_by_listing(names: Iterable[bytes]) -> bool:
+    """Whether an admission that rests on these (see `rests_on`) is by an invite of a public listing, or below one."""
+    return any(len(name) == INVITE_ID_BYTES and name.endswith(LISTING_MARK) for name in names)
 
 
 def _signed_part(mesh: bytes, issuer: bytes, link: Link) -> bytes:

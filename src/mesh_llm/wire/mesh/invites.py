@@ -35,6 +35,7 @@ from mesh_llm.wire.mesh.admission import (
 )
 from mesh_llm.wire.mesh.certificates import (
     INVITE_ID_BYTES,
+    LISTING_MARK,
     MAX_DEPTH,
     Certificate,
     Link,
@@ -116,7 +117,23 @@ decode_invite = partial(
 
 def invite_id(issuer: bytes, nonce: bytes) -> bytes:
     """An invite's id, a hash over its issuer: nobody can make or revoke an invite under another issuer's id."""
-    return hashlib.blake2b(issuer + nonce, digest_size=INVITE_ID_BYTES, person=b"mesh-llm invite").digest()
+    return _id_hash(issuer + nonce).digest()
+
+
+def listing_nonce(issuer: bytes, start: bytes) -> bytes:
+    """The first nonce from `start` on that gives an id with `LISTING_MARK`: 65,536 hashes on average, some 20 ms."""
+    begun, number = _id_hash(issuer), int.from_bytes(start, "big")
+    while True:
+        nonce = number.to_bytes(NONCE_BYTES, "big")
+        tried = begun.copy()
+        tried.update(nonce)
+        if tried.digest().endswith(LISTING_MARK):
+            return nonce
+        number = (number + 1) % (1 << (8 * NONCE_BYTES))
+
+
+def _id_hash(data: bytes) -> "hashlib.blake2b":
+    return hashlib.blake2b(data, digest_size=INVITE_ID_BYTES, person=b"mesh-llm invite")
 
 
 def issue_invite(terms: InviteTerms, issuer: Certificate | None, sign: Sign) -> Invite | Refusal:

@@ -177,3 +177,15 @@ def test_a_model_is_wanted_until_it_answers() -> None:
 
 def test_many_clients_are_told_roughly() -> None:
     assert [coarse_clients(count) for count in (0, 7, 99, 100, 104, 1234, 98765)] == [0, 7, 99, 100, 100, 1200, 98000]
+
+
+def test_the_announced_wish_says_whether_the_invites_of_its_listings_are_marked() -> None:
+    for marked in (False, True):
+        publisher = ListingPublisher(config(number=1, publicity=LAB, marks_listings=marked))
+        wish = publisher.announced_policy
+        assert wish is not None
+        assert (wish.marked, wish.name) == (marked, LAB.name)
+        publisher.handle(PublishRequested(publicity=None))
+        assert publisher.announced_policy is None
+        publisher.handle(PublishRequested(publicity=LAB))
+        assert publisher.announced_policy == wish

@@ -5,7 +5,15 @@ import pytest
 
 from mesh_llm.core.split.layout import split_memory
 from mesh_llm.core.types import announcement as bounds
-from mesh_llm.core.types.announcement import Announcement, LoadOffer, Serving, SplitPreferences, SplitState, trimmed
+from mesh_llm.core.types.announcement import (
+    Announcement,
+    ListingPolicy,
+    LoadOffer,
+    Serving,
+    SplitPreferences,
+    SplitState,
+    trimmed,
+)
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, ModelStatus, Rates, Role, Speed, SplitShare
 from mesh_llm.wire.codec import Malformed
@@ -84,6 +92,14 @@ def test_what_a_node_offers_to_models_that_are_asked_for_travels() -> None:
     serving = msgspec.structs.replace(FULL.serving[0], load_seconds=7.0)
     word = msgspec.structs.replace(FULL, loads=loads, serving=(serving,))
     assert decode_announcement(encode_announcement(word)) == word
+
+
+def test_a_wish_with_marked_invites_is_one_element_longer_which_older_versions_skip() -> None:
+    wishes = (ListingPolicy(name="lab"), ListingPolicy(name="lab", marked=True))
+    plain, marked = (msgspec.structs.replace(FULL, publicity=wish) for wish in wishes)
+    sent = [msgspec.msgpack.decode(encode_announcement(one))["publicity"] for one in (plain, marked)]
+    assert sent == [["lab", "", 0, "serve", False], ["lab", "", 0, "serve", False, True]]
+    assert [decode_announcement(encode_announcement(one)) for one in (plain, marked)] == [plain, marked]
 
 
 def test_older_versions_do_not_elect_a_node_without_the_file() -> None:
