@@ -52,6 +52,9 @@ def test_a_nonce_with_the_mark_is_found_from_any_start() -> None:
         nonce = listing_nonce(b"k" * 32, start)
         assert len(nonce) == NONCE_BYTES
         assert invite_id(b"k" * 32, nonce).endswith(LISTING_MARK)
+    # Nodes of all versions from now on read it so.
+    assert listing_nonce(b"k" * 32, bytes(NONCE_BYTES)).hex() == "0000000000002dbb"
+    assert invite_id(b"k" * 32, bytes.fromhex("0000000000002dbb")).hex() == "684a552d6f7e759d0a026b6de8b4ffff"
     # A node's key that happens to end so is no invite.
     assert not came_by_listing([bytes(30) + LISTING_MARK])
     assert came_by_listing([bytes(14) + LISTING_MARK])
