@@ -346,6 +346,7 @@ async def test_a_prompt_is_read_where_moving_is_of_no_use(
 
 async def test_nothing_is_asked_for_that_is_here_or_not_understood(node: Node, moving: FakeMoves) -> None:
     await node.turn("ab", 1, 2, term=2)
+    assert await node.slots.saved.get() == "ab"
     await asked(node, "ab")
     await asked(node, "cd", b"another form")
     assert moving.wanted == []
