@@ -490,3 +490,18 @@ async def test_a_stranger_is_known_to_every_node_by_what_its_admission_rests_on(
                 await gossip_of(stranger, friend)
                 assert friend.net.standing_of(ids[stranger]) == "member"
                 assert friend.net.standing_of(ids[guest]) == "stranger"
+
+
+async def test_a_stranger_that_starts_with_an_invite_of_its_own_is_a_member(tmp_path: Path) -> None:
+    founder = MeshNode()
+    async with joined(founder, "serve") as (friend,):
+        listed, _ = await founder.net.listing_invite("serve", b"a" * 32)
+        stranger = MeshNode(listed, home=tmp_path)
+        async with running(stranger):
+            await join(stranger)
+            assert founder.net.standing_of(stranger.net.node_id) == "stranger"
+        stranger = MeshNode(token(friend, "serve"), home=tmp_path)
+        async with running(stranger):
+            await join(stranger)
+            await friend.net.connections.get(stranger.net.node_id)
+            assert friend.net.standing_of(stranger.net.node_id) == "member"
