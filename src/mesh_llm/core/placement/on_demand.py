@@ -33,6 +33,9 @@ _LOOK_ELSEWHERE = 5.0
 _PATIENCE = 12.0
 """Seconds after which another node is looked for while the one that was asked does not begin to load."""
 _MOST_AWAITED = 256
+"""Models for which requests of other nodes are noted. Those of this node's own clients the API bounds."""
+_MOST_OF_ASKER = 32
+"""Models for which one other node's requests are noted: a node that asks for many must not keep others out."""
 _MOST_REFUSALS = 1024
 _NOBODY = "no node of the mesh that loads models when they are asked for has its file and the memory for it"
 
@@ -99,7 +102,7 @@ class OnDemand:
         """Requests wait for a model, or do not wait any more."""
         entry = self._entries.get(event.model)
         if event.count > 0:
-            if entry is None and len(self._entries) >= _MOST_AWAITED:
+            if event.asker != self._config.node and not self._notes(event, entry):
                 return []
             if entry is None:
                 entry = self._entries[event.model] = _Entry(event.model, now)
@@ -115,6 +118,13 @@ class OnDemand:
             return []
         del self._entries[event.model]
         return self._end_ask(entry)
+
+    def _notes(self, event: ModelAwaited, entry: _Entry | None) -> bool:
+        """Whether another node's requests for a model are noted, or there are too many."""
+        if entry is not None and event.asker in entry.askers:
+            return True
+        asked = sum(event.asker in one.askers for one in self._entries.values())
+        return asked < _MOST_OF_ASKER and (entry is not None or len(self._entries) < _MOST_AWAITED)
 
     def load(self, model: ModelName, now: float) -> None:
         """This node's user asks for a model for which room must be made: it is loaded as if a request asked for it."""

@@ -136,6 +136,31 @@ def test_a_request_loads_its_model_once() -> None:
     assert not machine.routes.awaited
 
 
+def test_a_node_that_asks_for_many_models_keeps_nobody_out() -> None:
+    machine = Machine(memory=10.0)
+    many = [f"unknown{number}" for number in range(300)]
+    for model in many:
+        machine.asks(model, asker=OTHER, here=True, standing="stranger")
+    assert len(machine.node.waiting) == 32
+    machine.asks("red", asker=THIRD, standing="member")
+    machine.asks("green")
+    for model in many:
+        machine.asks(model, 0, asker=OTHER)
+    assert set(machine.node.waiting) == {"red", "green"}
+    machine.wait(5.0)
+    assert set(machine.starts) == {"red", "green"}
+
+
+def test_many_nodes_that_ask_for_models_do_not_keep_this_nodes_clients_out() -> None:
+    machine = Machine()
+    for number in range(300):
+        machine.asks(f"unknown{number}", asker=node_id(10 + number // 30), here=True)
+    assert len(machine.node.waiting) == 256
+    machine.asks("red")
+    machine.wait(3.0)
+    assert machine.starts == ["red"]
+
+
 def test_the_time_of_the_last_load_is_what_waiters_are_told() -> None:
     machine = Machine(load=7.0)
     machine.loads("red", 8.0)
