@@ -33,7 +33,7 @@ from mesh_llm.daemon.prompt_moves import Held, Moves, PromptMoves, Wanted, promp
 from mesh_llm.engine.installation import system
 from mesh_llm.engine.probe import get
 from mesh_llm.engine.prompt_cache.sealed import Header
-from mesh_llm.engine.prompt_cache.store import PromptCacheStore, Usage
+from mesh_llm.engine.prompt_cache.store import Entry, PromptCacheStore, Usage
 from mesh_llm.engine.slots import Slot, SlotControl, SlotError
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.spec import EngineSpec
@@ -347,12 +347,20 @@ class SlotCaches:
                 read_speed=launch.read_speed,
                 model=launch.name,
             )
-            entry = await asyncio.to_thread(self._store.write, header, state)
+            if self._scope.closed:
+                return
+            # A job and a file of its own: it is written to its end also if the request goes away that needs the slot.
+            copy = os.fdopen(os.dup(state.fileno()), "rb")
+            entry = await asyncio.shield(self._scope.spawn(self._write(header, copy), f"write {launch.name}"))
         # What cannot be written now is not tried again and again.
         prompt.saved = True
         launch.saved_at = self._clock()
         if entry is not None:
             _log.info("prompt cache saved", model=launch.name, tokens=header.tokens, bytes=entry.bytes)
+
+    async def _write(self, header: Header, state: BinaryIO) -> Entry | None:
+        with state:
+            return await asyncio.to_thread(self._store.write, header, state)
 
     def _has_room(self, size: int) -> bool:
         return self._store.room_for(size) and psutil.virtual_memory().available > _MEMORY_FACTOR * size

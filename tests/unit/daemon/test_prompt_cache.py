@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from mesh_llm.daemon import prompt_cache
 from mesh_llm.daemon.prompt_cache import SlotCaches, identity_of
 from mesh_llm.daemon.prompt_moves import Moves, PromptMoves, Wanted
 from mesh_llm.engine.probe import HttpAnswer
-from mesh_llm.engine.prompt_cache.sealed import read_header, root_key
-from mesh_llm.engine.prompt_cache.store import PromptCacheStore
+from mesh_llm.engine.prompt_cache.sealed import Header, read_header, root_key
+from mesh_llm.engine.prompt_cache.store import SUFFIX, PromptCacheStore
 from mesh_llm.engine.slots import Moved, Slot, SlotControl, SlotError
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo
@@ -151,6 +152,31 @@ async def test_an_idle_engine_is_saved_by_itself(node: Node) -> None:
     # It waits for the save that is under way, and has nothing to add.
     await node.caches.save("m", 1)
     assert node.slots.saves == ["ab"]
+    assert node.caches.usage.count == 1
+
+
+async def test_a_save_goes_on_when_nobody_waits_for_it_any_more(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its engine ends, or the request goes away that wants the slot: no half of a file stays."""
+    begun, go, over = threading.Event(), threading.Event(), threading.Event()
+    write = PromptCacheStore.write
+
+    def slow(store: PromptCacheStore, header: Header, state: BinaryIO) -> object:
+        begun.set()
+        assert go.wait(10.0)
+        try:
+            return write(store, header, state)
+        finally:
+            over.set()
+
+    monkeypatch.setattr(PromptCacheStore, "write", slow)
+    await node.turn("abcd", 0, 1)
+    await asyncio.to_thread(begun.wait, 10.0)
+    node.caches.closed("m", 1)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    go.set()
+    assert await asyncio.to_thread(over.wait, 10.0)
+    assert [path.suffix for path in (node.directory / "prompts").iterdir()] == [SUFFIX]
     assert node.caches.usage.count == 1
 
 

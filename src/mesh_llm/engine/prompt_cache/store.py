@@ -134,9 +134,10 @@ class PromptCacheStore:
                 unfinished.replace(path)
             except OSError as error:
                 _log.warning("prompt cache not saved", reason=error.strerror or str(error))
+                return None
+            finally:
                 with suppress(OSError):
                     unfinished.unlink(missing_ok=True)
-                return None
             for entry in [entry for entry in self._entries if _continues(header, entry.header)]:
                 self._delete(entry)
             entry = Entry(path, header, written, path.stat().st_mtime)

@@ -146,6 +146,15 @@ def test_a_full_disk_costs_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert store.usage.count == 2
 
 
+def test_no_half_of_a_file_stays(tmp_path: Path) -> None:
+    store = make(tmp_path)
+    state = BytesIO(bytes(SIZE))
+    state.close()
+    with pytest.raises(ValueError, match="closed"):
+        store.write(Header(identity=ONE, marks=marks("a"), tokens=2000, size=SIZE), state)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_clearing_deletes_all(tmp_path: Path) -> None:
     store = make(tmp_path / "prompts")
     assert store.clear() == Usage()
