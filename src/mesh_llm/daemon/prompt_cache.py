@@ -410,7 +410,8 @@ class SlotCaches:
         self, launch: _Launch, marks: Sequence[Mark], elsewhere: PromptElsewhere, moves: PromptMoves
     ) -> None:
         """Fetch a prompt's cache from another node, if that is faster than reading it. Raises SlotError."""
-        identity, layout = await launch.known_identity(), launch.layout
+        # No request waits until a large model's files are read.
+        identity, layout = launch.identity_now, launch.layout
         if identity is None or layout is None:
             return
         read_speed = launch.read_speed or self._read_speeds.get(identity, 0.0)
@@ -448,6 +449,9 @@ class SlotCaches:
                 async with asyncio.timeout(move_deadline(most - have, read_speed)):
                     count = await moves.fetch(wanted, state, is_worth)
                 if not count:
+                    if (waited := self._clock() - began) > speed.seconds(size, self._restore_speed):
+                        # A node that says no this late is expected to be late, too.
+                        moves.observed(elsewhere.node, size, waited, self._restore_speed)
                     return
                 size = count * layout.token_bytes
                 async with launch.lock:

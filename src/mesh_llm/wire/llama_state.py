@@ -270,9 +270,9 @@ def common_tokens(tokens: Sequence[int], links: Iterable[bytes], key: bytes) -> 
 
 _CHECKED_BYTES = 1 << 18
 _HIGHEST_BYTES = {
-    "f32": (4, (3,), 0x7F),
+    "f32": (4, (3,), 0x60),
     "f16": (2, (1,), 0x7C),
-    "bf16": (2, (1,), 0x7F),
+    "bf16": (2, (1,), 0x60),
     "q8_0": (34, (1,), 0x7C),
     "q4_0": (18, (1,), 0x7C),
     "q4_1": (20, (1, 3), 0x7C),
@@ -281,11 +281,12 @@ _HIGHEST_BYTES = {
     "q5_1": (24, (1, 3), 0x7C),
 }
 """Of each type of a cache: bytes of a block, where the highest bytes of its floating-point numbers are, and the bits of
-such a byte that are all set in infinities and in what is no number, and in nothing of a usual size."""
+such a byte that are all set in infinities and in what is no number, and in nothing of a usual size. For f32 and bf16
+also in all from 2^65 on: the product of a key and a query would be infinite, as bad (the others end at 65504)."""
 
 
 def check_numbers(data: memoryview, state: State, layout: StateLayout) -> Malformed | None:
-    """Whether all numbers in a state's rows are finite.
+    """Whether all numbers in a state's rows are finite, and stay so in a product.
 
     One number that is not makes every answer that attends to it worthless, without any error (seen with the pinned
     engine). It may outlive its prompt: attention can read the rows of free cells, for which reason llama.cpp clears
@@ -301,5 +302,5 @@ def check_numbers(data: memoryview, state: State, layout: StateLayout) -> Malfor
             for place in places:
                 highest = piece[place::block]
                 if len(highest.translate(None, bad)) != len(highest):
-                    return Malformed("a number in its rows is not finite")
+                    return Malformed("a number in its rows is not finite, or far too large")
     return None

@@ -288,6 +288,7 @@ class FakeMoves:
 
     gives: int = 1024
     late: bool = False
+    seconds: float = 0.0
     speed: MoveSpeed | None = field(
         default_factory=lambda: MoveSpeed(link=Link(one_way_seconds=0.001, bytes_per_second=1e9))
     )
@@ -301,6 +302,7 @@ class FakeMoves:
 
     async def fetch(self, wanted: Wanted, file: BinaryIO, worth: Callable[[int], bool]) -> int:
         self.wanted.append(wanted)
+        await asyncio.sleep(self.seconds)
         if self.late:
             raise TimeoutError
         if not worth(self.gives):
@@ -368,6 +370,36 @@ async def test_a_prompt_is_read_where_moving_is_of_no_use(
     assert len(moving.wanted) == ("speed" not in change)
     # One that was late is expected to be late.
     assert bool(moving.seen) == ("late" in change)
+
+
+async def test_a_node_that_says_no_late_is_expected_to_be_late(node: Node, moving: FakeMoves) -> None:
+    moving.gives, moving.seconds = 0, 0.02
+    moving.speed = MoveSpeed(link=Link(one_way_seconds=0.0, bytes_per_second=1e12), lag=0.01)
+    await asked(node, "abcd")
+    assert node.restored() is None
+    assert len(moving.seen) == 1
+
+
+async def test_no_request_waits_until_what_its_engine_has_is_known(
+    node: Node, moving: FakeMoves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Digests of a large model's files take long. Another node's request must not make one wait for them."""
+    read = threading.Event()
+
+    def slow(_store: ChunkDigestStore, _path: Path) -> None:
+        assert read.wait(10.0)
+        raise OSError
+
+    await node.caches.clear()
+    monkeypatch.setattr(ChunkDigestStore, "make", slow)
+    node.caches.closed("m", 2)
+    node.open(2)
+    try:
+        async with asyncio.timeout(2.0):
+            await asked(node, "abcd")
+    finally:
+        read.set()
+    assert moving.wanted == []
 
 
 async def test_nothing_is_asked_for_that_is_here_or_not_understood(node: Node, moving: FakeMoves) -> None:

@@ -158,6 +158,16 @@ def test_numbers_that_are_not_finite_are_refused(cache_type: str) -> None:
         assert isinstance(check_numbers(memoryview(data), whole(data, layout), layout), Malformed)
 
 
+@pytest.mark.parametrize("cache_type", ["f32", "bf16"])
+def test_finite_numbers_whose_products_are_not_are_refused(cache_type: str) -> None:
+    """A key of 1e38 times a query of 100 is infinite, and with a mask's minus infinity no number: for all slots."""
+    layout = plain_layout((1,), 64, 64, cache_type, streams=1, context=8)
+    for number, good in ((6e4, True), (-1e9, True), (1e20, False), (-8e37, False)):
+        row = struct.pack("<f", number)[-GGML_TYPES[layout.type].bytes :]
+        data = written(layout, [1], bytes(layout.token_bytes - len(row)) + row)
+        assert (check_numbers(memoryview(data), whole(data, layout), layout) is None) == good, number
+
+
 def test_a_chain_shows_which_tokens_its_maker_knows() -> None:
     tokens = list(range(3 * BLOCK_TOKENS + 50))
     links = list(chain(tokens, b"key"))
