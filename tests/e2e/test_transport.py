@@ -1,4 +1,7 @@
-"""What carries requests between two nodes when TCP is blocked: from the start, in mid-life, in one direction only."""
+"""What carries requests between two nodes when TCP is blocked: from the start, in mid-life, in one direction only.
+
+And between nodes that reach each other over one of two networks, or over both.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -43,12 +46,12 @@ async def two(
     return lab, red, blue
 
 
-async def ask_until(node: NodeProcess, holds: Callable[[Status], bool], what: str) -> None:
+async def ask_until(node: NodeProcess, holds: Callable[[Status], bool], what: str, model: str = "red") -> None:
     """Ask for the other node's model, without a failure, until the status is as wanted."""
 
     async def ask() -> None:
         while True:
-            assert content(await chat(node, "red"))
+            assert content(await chat(node, model))
 
     async with TaskScope("asking") as scope:
         waiting = scope.spawn(until(node, holds, what, 60.0), "status")
@@ -82,3 +85,32 @@ async def test_where_tcp_is_blocked_from_the_start_requests_take_quic(
     _, _, blue = await two(netlab, start_node, random_model, tmp_path, block)
     await ask_until(blue, carried("quic", "TCP gave no answer"), "over QUIC")
     assert content(await chat(blue, "red"))
+
+
+async def test_each_peer_is_reached_over_the_network_that_works(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(3, delay_ms=1, networks=("ipv4", "ipv6"))
+    ipv4, ipv6 = range(2)
+    lab.link(0, 1, ipv6).cut()
+    lab.link(0, 2, ipv4).cut()
+
+    async def start(name: str, host: int, join: list[str]) -> NodeProcess:
+        model = named(random_model("small"), name, tmp_path / "m")
+        return await start_node(name, models=[model], lab=lab, host=host, join=join, arguments=["--name", name])
+
+    def over_tcp(name: str) -> Callable[[Status], bool]:
+        return lambda status: any(peer["name"] == name and peer["transport"] == "tcp" for peer in status["peers"])
+
+    both = await start("both", 0, [])
+    invite = [await both.invite()]
+    await asyncio.gather(start("four", 1, invite), start("six", 2, invite))
+    for peer in ("four", "six"):
+        await until(both, warm(peer), "knowing the model", 60.0)
+        await ask_until(both, over_tcp(peer), "over TCP", peer)
+    # "four" is on both networks now. The one in use is cut: requests go on, and move to the other one and to TCP there.
+    lab.heal()
+    lab.link(0, 1, ipv4).cut()
+    for _ in range(20):
+        assert content(await chat(both, "four"))
+    await ask_until(both, over_tcp("four"), "over TCP", "four")

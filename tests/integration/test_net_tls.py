@@ -14,6 +14,7 @@ from tests.integration.net_pair import Pair, echo, pair, read_all
 from mesh_llm.core.types.events import PeerLost
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream, RequestStream
+from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.net.tls import listener
@@ -177,6 +178,23 @@ async def test_what_is_in_flight_when_tcp_breaks_is_a_lost_stream_and_the_next_o
         again = await nodes.http()
         await again.write(b"again")
         assert await again.read(100) == b"AGAIN"
+
+
+async def test_a_host_that_does_not_answer_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch):
+    async with pair(tls=True) as nodes, asyncio.timeout(TIMEOUT):
+        nodes.server.net.serve_http(echo)
+        with socket.socket() as silent:
+            # The system takes the connection; nobody speaks TLS on it.
+            silent.bind(("127.0.0.2", port_of(nodes.server)))
+            silent.listen()
+            hosts = ("127.0.0.2", "127.0.0.3", "127.0.0.1")
+            monkeypatch.setattr(PeerConnection, "direct_hosts", hosts)
+            stream = await nodes.http()
+            await stream.write(b"question")
+            await stream.finish()
+            assert await read_all(stream) == b"QUESTION"
+        # Nothing is left of the attempts that lost.
+        assert len(nodes.server.net.tls_listener) == 1
 
 
 async def test_dials_that_fail_together_are_one_failure_and_after_it_one_dial_tries(monkeypatch: pytest.MonkeyPatch):

@@ -32,9 +32,9 @@ def _ended(process: int) -> bool:
 class Pair:
     """A UDP socket on each of two hosts."""
 
-    def __init__(self, lab: NetLab, source: int = 0, target: int = 1) -> None:
-        self.source = _udp_socket(lab, source)
-        self.target = _udp_socket(lab, target)
+    def __init__(self, lab: NetLab, source: int = 0, target: int = 1, network: int = 0) -> None:
+        self.source = _udp_socket(lab, source, network)
+        self.target = _udp_socket(lab, target, network)
 
     def send(self, payload: bytes = b"x") -> None:
         self.source.sendto(payload, self.target.getsockname())
@@ -63,9 +63,10 @@ class Pair:
         self.target.close()
 
 
-def _udp_socket(lab: NetLab, host: int) -> socket.socket:
-    endpoint = lab.socket(host, kind=socket.SOCK_DGRAM)
-    endpoint.bind((lab.addr(host), 0))
+def _udp_socket(lab: NetLab, host: int, network: int = 0) -> socket.socket:
+    family = socket.AF_INET if lab.networks[network] == "ipv4" else socket.AF_INET6
+    endpoint = lab.socket(host, family, socket.SOCK_DGRAM)
+    endpoint.bind((lab.addr(host, network), 0))
     return endpoint
 
 
@@ -214,6 +215,18 @@ async def test_a_process_on_a_host_is_reached_through_its_loopback() -> None:
 def test_run_gives_the_output_and_the_status(netlab: NetLabFactory) -> None:
     done = netlab(1).run(0, [sys.executable, "-c", "print('out'); raise SystemExit(3)"], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("out\n", 3)
+
+
+def test_networks_are_cut_each_by_itself(netlab: NetLabFactory) -> None:
+    lab = netlab(3, networks=("ipv4", "ipv6"))
+    with closing(Pair(lab, 0, 2, 0)) as ipv4, closing(Pair(lab, 0, 2, 1)) as ipv6:
+        for cut, broken, whole in ((0, ipv4, ipv6), (1, ipv6, ipv4)):
+            lab.link(0, 2, cut).cut()
+            broken.send()
+            whole.send()
+            assert whole.arrives(5.0)
+            assert not broken.arrives(0.1)
+            lab.link(0, 2).heal()
 
 
 def test_two_labs_have_nothing_to_do_with_each_other(netlab: NetLabFactory) -> None:

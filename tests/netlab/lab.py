@@ -6,9 +6,11 @@
         lab.link(0, 1).cut()
         lab.isolate(2)
 
-`async with` works too. A host has 127.0.0.1 and 10.77.0.x, no route to anywhere else, and no name. All delays and
-rates are per direction: a link with `delay_ms=20` has a round trip of 40 ms. The hosts share the machine's files and
-processes, so a node needs a home directory and a data directory of its own, but may use any port.
+`async with` works too. A host has 127.0.0.1 and 10.77.0.x, no route to anywhere else, and no name.
+`networks=("ipv4", "ipv6")` gives it an interface and an address on each of two networks, here 10.77.0.x and
+2001:db8:0:2::x; what is done to links is done on all networks, unless one is named. All delays and rates are per
+direction: a link with `delay_ms=20` has a round trip of 40 ms. The hosts share the machine's files and processes, so a
+node needs a home directory and a data directory of its own, but may use any port.
 """
 
 import asyncio
@@ -27,7 +29,7 @@ from typing import Any, Self, TypeVar
 from tests.netlab.link import LinkCounters, LinkSettings
 from tests.netlab.namespaces import TUN_DEVICE, Namespace, open_tun
 from tests.netlab.processes import kill_all, processes_in
-from tests.netlab.switch import MAX_CONTROL_BYTES, MAX_HOSTS, NETMASK, address_of
+from tests.netlab.switch import IPV4, IPV6, MAX_CONTROL_BYTES, MAX_HOSTS, MAX_NETWORKS, address_of, subnet_of
 
 T = TypeVar("T")
 
@@ -109,11 +111,18 @@ class NetLab:
         queue_bytes: int | None = None,
         seed: int = 1,
         mtu: int = 1500,
+        networks: Sequence[str] = (IPV4,),
     ) -> None:
-        """A lab of `hosts` hosts whose links all start with these settings; see `LinkControl.set` for units."""
+        """A lab of `hosts` hosts whose links all start with these settings; see `LinkControl.set` for units.
+
+        `networks`: "ipv4" or "ipv6", each; every host is on all of them.
+        """
         if not 1 <= hosts <= MAX_HOSTS:
             raise ValueError(f"a lab has 1 to {MAX_HOSTS} hosts, not {hosts}")
+        if not 1 <= len(networks) <= MAX_NETWORKS or not {IPV4, IPV6}.issuperset(networks):
+            raise ValueError(f"a lab has 1 to {MAX_NETWORKS} networks, each ipv4 or ipv6, not {networks}")
         self.hosts = range(hosts)
+        self.networks = tuple(networks)
         self._settings = LinkSettings(**_settings_values(delay_ms, jitter_ms, loss, rate_mbps, queue_bytes))  # type: ignore[arg-type]
         self._seed = seed
         self._mtu = mtu
@@ -128,10 +137,10 @@ class NetLab:
         """Make the hosts and start the network. Raises OSError where `unavailable_reason` has something to say."""
         devices: list[int] = []
         try:
-            for host in self.hosts:
-                namespace = Namespace()
-                self._namespaces.append(namespace)
-                devices.append(namespace.call(lambda host=host: self._open_device(host)))
+            self._namespaces.extend(Namespace() for _ in self.hosts)
+            for network in range(len(self.networks)):
+                for host, namespace in enumerate(self._namespaces):
+                    devices.append(namespace.call(lambda host=host, network=network: self._open_device(host, network)))
             self._start_switch(devices)
         except BaseException:
             self.close()
@@ -178,9 +187,9 @@ class NetLab:
 
     # Links
 
-    def link(self, one: int, other: int) -> LinkControl:
+    def link(self, one: int, other: int, network: int | None = None) -> LinkControl:
         """Both directions between two hosts."""
-        return self._links([(one, other), (other, one)])
+        return self._links([(one, other), (other, one)], network)
 
     def one_way(self, source: int, target: int) -> LinkControl:
         """Only the direction from `source` to `target`."""
@@ -215,10 +224,10 @@ class NetLab:
 
     # Hosts
 
-    def addr(self, host: int) -> str:
-        """The address of a host on the lab's network."""
+    def addr(self, host: int, network: int = 0) -> str:
+        """The address of a host on one of the lab's networks."""
         self._check_host(host)
-        return address_of(host)
+        return address_of(host, network, self.networks[network])
 
     def call(self, host: int, function: Callable[[], T]) -> T:
         """Run `function` in a thread on a host: the sockets it makes belong there, and work from anywhere after.
@@ -296,8 +305,10 @@ class NetLab:
             raise RuntimeError("the lab's switch has ended; its traceback is on stderr")
         return json.loads(reply)
 
-    def _open_device(self, host: int) -> int:
-        return open_tun("lan0", self.addr(host), NETMASK, mtu=self._mtu, queue_packets=_DEVICE_QUEUE_PACKETS)
+    def _open_device(self, host: int, network: int) -> int:
+        prefix = subnet_of(network, self.networks[network]).prefixlen
+        address = self.addr(host, network)
+        return open_tun(f"lan{network}", address, prefix, mtu=self._mtu, queue_packets=_DEVICE_QUEUE_PACKETS)
 
     def _start_switch(self, devices: list[int]) -> None:
         # SEQPACKET keeps message boundaries, and still says when the other end is gone.
@@ -307,6 +318,7 @@ class NetLab:
         configuration = {
             "control": theirs.fileno(),
             "devices": devices,
+            "networks": self.networks,
             "namespaces": sorted(self._inodes()),
             "settings": asdict(self._settings),
             "seed": self._seed,
@@ -323,14 +335,17 @@ class NetLab:
             )
         self.ask("count", [])  # answered when it is forwarding
 
-    def _links(self, directions: Iterable[tuple[int, int]]) -> LinkControl:
+    def _links(self, directions: Iterable[tuple[int, int]], network: int | None = None) -> LinkControl:
+        """`network`: None means all."""
         chosen = tuple(directions)
         for source, target in chosen:
             self._check_host(source)
             self._check_host(target)
             if source == target:
                 raise ValueError(f"host {source} has no link to itself")
-        return LinkControl(self, chosen)
+        networks = range(len(self.networks)) if network is None else (network,)
+        first = [each * len(self.hosts) for each in networks]
+        return LinkControl(self, tuple((number + a, number + b) for number in first for a, b in chosen))
 
     def _check_host(self, host: int) -> None:
         if host not in self.hosts:

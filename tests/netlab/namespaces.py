@@ -8,6 +8,7 @@ Documentation/networking/tuntap.rst), so iproute2 need not be installed.
 import contextlib
 import ctypes
 import fcntl
+import ipaddress
 import os
 import socket
 import struct
@@ -63,8 +64,10 @@ class Namespace:
             self._descriptor = -1
 
 
-def open_tun(name: str, address: str, netmask: str, *, mtu: int, queue_packets: int) -> int:
-    """Make a TUN device in this thread's namespace, up and with an IPv4 address; its other end is the descriptor.
+def open_tun(name: str, address: str, prefix: int, *, mtu: int, queue_packets: int) -> int:
+    """Make a TUN device in this thread's namespace, up and with one address; its other end is the descriptor.
+
+    `prefix`: bits of the address that its network has in common.
 
     The device ends with the descriptor. Raises OSError.
     """
@@ -72,16 +75,12 @@ def open_tun(name: str, address: str, netmask: str, *, mtu: int, queue_packets: 
     try:
         fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN | _IFF_NO_PI))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            for request, value in (
-                (_SIOCSIFADDR, _socket_address(address)),
-                (_SIOCSIFNETMASK, _socket_address(netmask)),
-                (_SIOCSIFMTU, struct.pack("i20x", mtu)),
-            ):
-                fcntl.ioctl(control, request, struct.pack("16s24s", name.encode(), value))
+            fcntl.ioctl(control, _SIOCSIFMTU, struct.pack("16si20x", name.encode(), mtu))
             # Only the machine's own root may do this; in a user namespace the kernel's default must do (500).
             with contextlib.suppress(PermissionError):
                 queue = struct.pack("16si20x", name.encode(), queue_packets)
                 fcntl.ioctl(control, _SIOCSIFTXQLEN, queue)
+        _set_address(name, ipaddress.ip_interface(f"{address}/{prefix}"))
         _bring_up(name)
     except BaseException:
         os.close(descriptor)
@@ -101,6 +100,18 @@ def _bring_up(interface: str) -> None:
         request = struct.pack("16sH22x", interface.encode(), 0)
         (flags,) = struct.unpack_from("H", fcntl.ioctl(control, _SIOCGIFFLAGS, request), 16)
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", interface.encode(), flags | _IFF_UP))
+
+
+def _set_address(device: str, address: ipaddress.IPv4Interface | ipaddress.IPv6Interface) -> None:
+    if isinstance(address, ipaddress.IPv6Interface):
+        # struct in6_ifreq (linux/ipv6.h).
+        request = struct.pack("16sIi", address.packed, address.network.prefixlen, socket.if_nametoindex(device))
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
+            fcntl.ioctl(control, _SIOCSIFADDR, request)
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        for request, value in ((_SIOCSIFADDR, address.ip), (_SIOCSIFNETMASK, address.netmask)):
+            fcntl.ioctl(control, request, struct.pack("16s24s", device.encode(), _socket_address(str(value))))
 
 
 def _socket_address(address: str) -> bytes:

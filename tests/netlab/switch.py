@@ -8,54 +8,80 @@ the switch ends everything that still runs on the lab's hosts, and itself.
 import contextlib
 import gc
 import heapq
+import ipaddress
 import json
 import os
 import select
 import socket
 import sys
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from tests.netlab.link import Link, LinkCounters, LinkSettings
 from tests.netlab.processes import kill_all
 
-SUBNET = "10.77.0"
-NETMASK = "255.255.255.0"
+IPV4, IPV6 = "ipv4", "ipv6"
+"""The addresses of a network."""
 MAX_HOSTS = 64
+MAX_NETWORKS = 4
 MAX_CONTROL_BYTES = 64 * 1024
 
-_SUBNET_BYTES = socket.inet_aton(f"{SUBNET}.0")[:3]
-_LINK_LOCAL_GROUPS = socket.inet_aton("224.0.0.0")[:3]
+_LINK_LOCAL_GROUPS = (bytes([224, 0, 0]), bytes([0xFF, 0x02]))
+"""224.0.0.0/24 and ff02::/16."""
 _PACKETS_PER_TURN = 64
 """Read at most so many packets from one host before the others, and packets that are due, get their turn."""
 
 
-def address_of(host: int) -> str:
-    """The IPv4 address of host number `host`, counted from 0."""
-    return f"{SUBNET}.{host + 1}"
+def subnet_of(network: int, family: str = IPV4) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """The addresses of network number `network`, counted from 0."""
+    return ipaddress.ip_network(f"10.{77 + network}.0.0/24" if family == IPV4 else f"2001:db8:0:{network + 1}::/64")
+
+
+def address_of(host: int, network: int = 0, family: str = IPV4) -> str:
+    """The address of host number `host` on a network, both counted from 0."""
+    return str(subnet_of(network, family)[host + 1])
+
+
+class _Subnet(NamedTuple):
+    first: int
+    """The address of host 0 as a number."""
+    ipv6: bool
 
 
 class Switch:
-    """Forwards packets among the hosts whose TUN descriptors it is given, until its control socket closes."""
+    """Forwards packets among the hosts whose TUN descriptors it is given, until its control socket closes.
 
-    def __init__(self, control: socket.socket, devices: list[int], settings: LinkSettings, seed: int, mtu: int) -> None:
+    Host `h` has the device `network * hosts + h` on each network. Links are between devices of one network.
+    """
+
+    def __init__(
+        self,
+        control: socket.socket,
+        devices: list[int],
+        networks: Sequence[str],
+        settings: LinkSettings,
+        seed: int,
+        mtu: int,
+    ) -> None:
+        """`networks`: IPV4 or IPV6, each."""
         self._control = control
         self._devices = devices
         self._mtu = mtu
-        hosts = range(len(devices))
+        self._hosts = len(devices) // len(networks)
+        self._subnets = [_Subnet(int(subnet_of(*each)[1]), each[1] == IPV6) for each in enumerate(networks)]
         self._links = {
             (source, target): Link(settings, f"{seed}:{source}:{target}")
-            for source in hosts
-            for target in hosts
-            if source != target
+            for source in range(len(devices))
+            for target in range(len(devices))
+            if source != target and source // self._hosts == target // self._hosts
         }
         self._due: list[tuple[float, int, int, Link, int, bytes]] = []
         self._sequence = 0
 
     def run(self) -> None:
         """Forward until the control socket closes."""
-        hosts = {descriptor: host for host, descriptor in enumerate(self._devices)}
+        numbers = {descriptor: number for number, descriptor in enumerate(self._devices)}
         control = self._control.fileno()
         # select, not epoll: its time-out has microseconds, and there are few descriptors.
         watched = [control, *self._devices]
@@ -65,7 +91,7 @@ class Switch:
             readable, _, _ = select.select(watched, [], [], timeout)
             for descriptor in readable:
                 if descriptor != control:
-                    self._take_in(hosts[descriptor])
+                    self._take_in(numbers[descriptor])
                 elif not self._answer():
                     return
 
@@ -76,7 +102,9 @@ class Switch:
                 packet = os.read(descriptor, self._mtu)
             except BlockingIOError:
                 return
-            for target in _targets_of(packet, len(self._devices)):
+            network = source // self._hosts
+            for host in _targets_of(packet, self._subnets[network], self._hosts):
+                target = network * self._hosts + host
                 link = self._links.get((source, target))
                 if link is not None:
                     self._send(target, link, packet)
@@ -135,20 +163,23 @@ class Switch:
 
 
 def _is_tcp(packet: bytes) -> bool:
-    """Whether an IPv4 packet carries TCP."""
-    return packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_TCP
+    """Whether an IP packet carries TCP."""
+    return packet[9 if packet[0] >> 4 == 4 else 6] == socket.IPPROTO_TCP
 
 
-def _targets_of(packet: bytes, hosts: int) -> Iterable[int]:
-    """The numbers of the hosts that an IPv4 packet is for; none for anything else, which goes nowhere.
+def _targets_of(packet: bytes, subnet: _Subnet, hosts: int) -> Iterable[int]:
+    """The numbers of the hosts that an IP packet is for; none for anything else, which goes nowhere.
 
-    Link-local multicast (224.0.0.0/24, where mDNS lives) is for all, as on any switch; other groups are for nobody.
+    Link-local multicast (where mDNS lives) is for all, as on any switch; other groups are for nobody. IPv6 goes nowhere
+    on an IPv4 network, and the other way round.
     """
-    if len(packet) < 20 or packet[0] >> 4 != 4:
+    if len(packet) < (40 if subnet.ipv6 else 20) or packet[0] >> 4 != (6 if subnet.ipv6 else 4):
         return ()
-    if packet[16:19] == _LINK_LOCAL_GROUPS:
+    target = packet[24:40] if subnet.ipv6 else packet[16:20]
+    if target.startswith(_LINK_LOCAL_GROUPS):
         return range(hosts)
-    return (packet[19] - 1,) if packet[16:19] == _SUBNET_BYTES else ()
+    host = int.from_bytes(target) - subnet.first
+    return (host,) if 0 <= host < hosts else ()
 
 
 def main() -> None:
@@ -165,7 +196,8 @@ def main() -> None:
         os.close(descriptor)
     try:
         settings = LinkSettings(**configuration["settings"])
-        Switch(control, devices, settings, configuration["seed"], configuration["mtu"]).run()
+        networks = configuration["networks"]
+        Switch(control, devices, networks, settings, configuration["seed"], configuration["mtu"]).run()
     finally:
         kill_all(configuration["namespaces"])
 

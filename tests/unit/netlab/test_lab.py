@@ -39,6 +39,13 @@ def test_hosts_have_different_addresses() -> None:
     assert lab.addr(0) == "10.77.0.1"
 
 
+def test_a_host_has_an_address_on_each_network() -> None:
+    lab = NetLab(2, networks=("ipv4", "ipv6"))
+    assert [lab.addr(1, network) for network in range(2)] == ["10.77.0.2", "2001:db8:0:2::2"]
+    with pytest.raises(ValueError, match="1 to 4 networks"):
+        NetLab(2, networks=("ipx",))
+
+
 def test_the_reason_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setattr(lab_module.os, "geteuid", lambda: 1000)
     monkeypatch.setattr(sys, "platform", "linux")

@@ -40,6 +40,8 @@ DIALS_AHEAD = 4
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
 """Seconds before TCP is tried again after it failed; doubled by each failure in a row."""
 _UNKNOWN_PAUSE = 600.0
+_HEAD_START = 0.5
+"""Seconds that one host of a peer has to answer before the next is tried too: more than most handshakes take."""
 _SLOWER_PAUSE = 15.0
 """One measurement may have been taken in a bad moment."""
 _TCP_INFO_BYTES, _TCPI_MIN_RTT = 152, 148
@@ -89,6 +91,13 @@ class _Link:
     again_at: float = 0.0
     pause: float = 0.0
     sweep: asyncio.TimerHandle | None = None
+
+
+class _Greeting(NamedTuple):
+    """A connection whose ticket has not been sent, and the answer to come."""
+
+    carrier: TlsConnection
+    answered: asyncio.Future[bytes]
 
 
 class TlsDialer:
@@ -253,19 +262,61 @@ class TlsDialer:
         return offer
 
     async def _connect(self, hosts: tuple[str, ...], offer: TransportOffer) -> tuple[TlsConnection, float]:
-        """Connect by the offer; returns the connection and the ticket's round trip in ms. Raises OSError."""
-        failure: OSError = ConnectionError("the other node has no port for this kind of address")
-        for host in hosts:
-            port = offer.ports[":" in host]
-            if not port:
-                continue
-            try:
-                return await self._greet(host, port, offer)
-            except (OSError, ssl.SSLError) as error:
-                failure = ConnectionError(f"TCP port {port} of {host} cannot be reached: {_reason(error)}")
-        raise failure
+        """Connect by the offer; returns the connection and the ticket's round trip in ms. Raises OSError.
 
-    async def _greet(self, host: str, port: int, offer: TransportOffer) -> tuple[TlsConnection, float]:
+        The first host that answers gets the ticket: the path in use may let QUIC through and not TCP.
+        """
+        places = [(host, port) for host in hosts if (port := offer.ports[":" in host])]
+        if not places:
+            raise ConnectionError("the other node has no port for this kind of address")
+        greeting = await self._first_answer(places, offer.certificate)
+        loop, carrier = asyncio.get_running_loop(), greeting.carrier
+        try:
+            sent = loop.time()
+            carrier.write(offer.tickets[0])
+            if await greeting.answered != ADMITTED:
+                raise ConnectionError("the ticket was not taken")
+            return carrier, _kernel_round_trip(carrier.transport) or (loop.time() - sent) * 1000
+        except BaseException:
+            carrier.close()
+            raise
+
+    async def _first_answer(self, places: list[tuple[str, int]], certificate: bytes) -> _Greeting:
+        """Try these hosts and ports, the next one when none has answered for a while (RFC 8305). Raises OSError."""
+        attempts: list[asyncio.Task[_Greeting | OSError]] = []
+        pending: set[asyncio.Task[_Greeting | OSError]] = set()
+        failure = OSError()
+        chosen: _Greeting | None = None
+        left = iter(places)
+        async with TaskScope("tls-hosts") as scope:
+            try:
+                while chosen is None:
+                    if (place := next(left, None)) is not None:
+                        attempts.append(scope.spawn(self._attempt(*place, certificate), place[0]))
+                        pending.add(attempts[-1])
+                    elif not pending:
+                        raise failure
+                    head_start = _HEAD_START if len(attempts) < len(places) else None
+                    done, pending = await asyncio.wait(pending, timeout=head_start, return_when=asyncio.FIRST_COMPLETED)
+                    for outcome in [task.result() for task in done]:
+                        if isinstance(outcome, OSError):
+                            failure = outcome
+                        else:
+                            chosen = outcome
+                return chosen
+            finally:
+                for task in attempts:
+                    if task.done() and isinstance(other := task.result(), _Greeting) and other is not chosen:
+                        other.carrier.close()
+
+    async def _attempt(self, host: str, port: int, certificate: bytes) -> _Greeting | OSError:
+        try:
+            return await self._shake_hands(host, port, certificate)
+        except (OSError, ssl.SSLError) as error:
+            return ConnectionError(f"TCP port {port} of {host} cannot be reached: {_reason(error)}")
+
+    async def _shake_hands(self, host: str, port: int, certificate: bytes) -> _Greeting:
+        """A TLS connection with the owner of this certificate. Raises OSError, ssl.SSLError."""
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[bytes] = loop.create_future()
 
@@ -278,16 +329,12 @@ class TlsDialer:
         try:
             await loop.create_connection(lambda: carrier, host, port, ssl=self._context)
             shown = carrier.transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
-            if not hmac.compare_digest(hashlib.sha256(shown or b"").digest(), offer.certificate):
+            if not hmac.compare_digest(hashlib.sha256(shown or b"").digest(), certificate):
                 raise ConnectionError("another certificate than the node's own was shown")
-            sent = loop.time()
-            carrier.write(offer.tickets[0])
-            if await answered != ADMITTED:
-                raise ConnectionError("the ticket was not taken")
-            return carrier, _kernel_round_trip(carrier.transport) or (loop.time() - sent) * 1000
         except BaseException:
             carrier.close()
             raise
+        return _Greeting(carrier, answered)
 
     def _failed(self, connection: PeerConnection, link: _Link, reason: str, began: float, pause: float = 0.0) -> None:
         """TCP failed in what began then; `pause`: seconds at least until it is tried again."""
