@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.support.core_values import GB, config, facts, member, node_id, serving
 
+from mesh_llm.core import node as node_module
+from mesh_llm.core.config import OnDemandPolicy
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.table import same_routes
 from mesh_llm.core.types.announcement import SignedAnnouncement
@@ -18,9 +20,12 @@ from mesh_llm.core.types.events import (
     DropRequested,
     EngineExited,
     EngineReady,
+    LoadAnswered,
     LoadRequested,
     MessageReceived,
+    ModelAwaited,
     ModelsChanged,
+    OwnerSensed,
     PeerConnected,
     PeerLost,
     RejoinFailed,
@@ -85,10 +90,11 @@ class NodeMachine(RuleBasedStateMachine):
         self.journal: list[tuple[float, AnyEvent, bytes]] = []
         self.sequence = 0
 
-    @initialize(seed=st.integers(0, 3), wanted=st.lists(MODELS, max_size=2), joins=st.booleans())
-    def begin(self, seed: int, wanted: list[ModelName], joins: bool) -> None:
+    @initialize(seed=st.integers(0, 3), wanted=st.lists(MODELS, max_size=2), joins=st.booleans(), loads=st.booleans())
+    def begin(self, seed: int, wanted: list[ModelName], joins: bool, loads: bool = False) -> None:
         self.seed = seed
-        self.config = config(*wanted, joins=joins)
+        on_demand = OnDemandPolicy(scope="members", ttl=5.0) if loads else OnDemandPolicy()
+        self.config = config(*wanted, joins=joins, on_demand=on_demand)
         self.node = Node(self.config, Random(seed))
         self.happens(Started(capacity=Capacity(memory_bytes=MEMORY), on_disk=LIBRARY))
 
@@ -184,6 +190,19 @@ class NodeMachine(RuleBasedStateMachine):
     def traffic(self, model: ModelName, count: int) -> None:
         self.happens(TrafficSampled(in_flight={model: count}, wanted={model: count}, tokens_per_second={model: 30.0}))
 
+    @rule(model=MODELS, number=st.integers(1, 4), count=st.integers(0, 2), here=st.booleans())
+    def requests_wait(self, model: ModelName, number: int, count: int, here: bool) -> None:
+        standing = "own" if number == 1 else "member"
+        self.happens(ModelAwaited(model=model, asker=node_id(number), count=count, here=here, standing=standing))
+
+    @rule(model=MODELS, number=PEERS, problem=st.sampled_from(["", "It does not fit."]))
+    def peer_answers(self, model: ModelName, number: int, problem: str) -> None:
+        self.happens(LoadAnswered(node=node_id(number), model=model, problem=problem))
+
+    @rule(busy=st.sampled_from([0.0, 0.9]))
+    def owner_works(self, busy: float) -> None:
+        self.happens(OwnerSensed(busy=busy))
+
     @precondition(lambda self: len(self.journal) > 15)
     @rule(drain=st.sampled_from([0.0, 10.0]))
     def stop(self, drain: float) -> None:
@@ -211,9 +230,18 @@ class NodeMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not self.journal:
             return
+        self._replay("a replay differs")
+        # Most gossip and ticks let nothing be evaluated. What that leaves out must never have been needed.
+        often, node_module._OFTEN_NO_NEWS = node_module._OFTEN_NO_NEWS, ()  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            self._replay("an evaluation that was needed did not come")
+        finally:
+            node_module._OFTEN_NO_NEWS = often
+
+    def _replay(self, problem: str) -> None:
         again = Node(self.config, Random(self.seed))
         for now, event, effects in self.journal:
-            assert ENCODE(again.handle(event, now)) == effects, "a replay differs"
+            assert ENCODE(again.handle(event, now)) == effects, problem
 
 
 NodeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
