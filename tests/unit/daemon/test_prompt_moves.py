@@ -377,6 +377,20 @@ async def test_strangers_are_given_nothing_and_learn_nothing(pair: Pair) -> None
     assert (await pair.fetch())[0] == ALL
 
 
+async def test_few_links_are_measured_at_once_whoever_is_named(pair: Pair) -> None:
+    """Each takes megabytes: one who sends requests must not have a host pour into all members together."""
+    named = [NodeId(f"{number:064x}") for number in range(20)]
+    pair.standings.update(dict.fromkeys(named, "member"))
+    for node in named:
+        assert await pair.asker.speed_of(node, 0.0) is None
+    for _ in range(2 * _TURNS):
+        await asyncio.sleep(0)
+    assert pair.measured == 2
+    for node in named:
+        await pair.asker.speed_of(node, 1.0)
+    assert pair.measured == 20
+
+
 async def test_a_link_that_cannot_be_measured_moves_nothing(pair: Pair) -> None:
     pair.links.append(None)
     assert await pair.asker.speed_of(HOLDER, 1.0) is None

@@ -37,6 +37,7 @@ from mesh_llm.core.types.gossip import Ack, Exchange, MeshMessage, Ping, PingReq
 from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
 from mesh_llm.core.types.ports import RandomSource
 
+_MISSES_TO_REDIAL = 2
 _FAREWELLS = 32
 _MOST_REVOKED = 4096
 _LONG_SLEEP = 10.0
@@ -306,8 +307,12 @@ class Membership:
     def _indirect_ack(self, node: NodeId | None, nonce: int, now: float) -> None:
         peer = self._state.peers.get(node) if node is not None else None
         if node is not None and peer is not None and self._prober.indirect_ack(node, peer, nonce):
-            self._state.mark_proven(node)
-            self._state.set_timer(Timer.RETRY, now + peer.mark_unreachable(self._state.config), node)
+            state = self._state
+            state.mark_proven(node)
+            state.set_timer(Timer.RETRY, now + peer.mark_unreachable(state.config), node)
+            if peer.missed >= _MISSES_TO_REDIAL:
+                # Its connection may hold on to a path that is cut: the next message dials all its addresses again.
+                state.disconnect(node, "not reached on this connection")
 
     # Connections.
 

@@ -344,6 +344,11 @@ class PeerState:
         """Whether nothing that matters should be sent to it: unproven, suspected, or not reachable from here."""
         return not self.proven or self.doubted or not self.reachable or self.suspicion is not None
 
+    @property
+    def missed(self) -> int:
+        """How many probes in a row it answered to others and not to this node."""
+        return self._missed
+
     def mark_alive(self) -> bool:
         """Note that it answered this node itself; returns whether it was unproven, doubted or unreachable before."""
         if self.proven and self.reachable and not self.doubted:
