@@ -70,6 +70,7 @@ _SECONDS_A_QUESTION = 3.0
 """Questions of one peer: `_BURST` at once, then one in this many seconds."""
 _MOST_PEERS = 1024
 _MOST_AT_ONCE = 2
+"""Caches that are fetched, and links that are measured: who sends requests may name one node after the other."""
 _DISTRUST_SECONDS = 3600.0
 _MEASURE_AGAIN_SECONDS = 1800.0
 _RETRY_SECONDS = 60.0
@@ -166,6 +167,7 @@ class PromptMoves:
         self._peers: OrderedDict[NodeId, _Known] = OrderedDict()
         self._giving = asyncio.Lock()
         self._fetching = 0
+        self._measuring = 0
         self._scope = TaskScope("prompt-moves")
         self.count = Moves()
         net.streams.register(StreamType.PROMPT_CACHE, self._serve, scope=Scope.SERVE, per_peer=_PER_PEER)
@@ -187,7 +189,8 @@ class PromptMoves:
         known, now = self._known(node), self._clock()
         if now < known.distrusted_until:
             return None
-        if now >= known.measure_at and known.measuring is None:
+        if now >= known.measure_at and known.measuring is None and self._measuring < _MOST_AT_ONCE:
+            self._measuring += 1
             known.measuring = self._scope.spawn(self._measure_link(node, known), f"measure {node[:10]}")
         if known.speed is None and known.measuring is not None:
             await asyncio.wait({known.measuring}, timeout=seconds)
@@ -277,6 +280,7 @@ class PromptMoves:
             _log.info("link measured for prompt caches", node=node[:10], megabytes_per_second=rate)
         finally:
             known.measuring = None
+            self._measuring -= 1
 
     def _known(self, node: NodeId) -> _Known:
         known = self._peers.pop(node, None) or _Known()
