@@ -6,6 +6,7 @@ ask this one to load a model at LOAD_PATH, for as long as requests wait there.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import parse_qs
@@ -42,6 +43,8 @@ _PART = 2
 """At most one part of so many of the places for requests is for those that wait."""
 _MAX_ERROR = 64 * 1024
 _DEFAULT_WAIT = 600.0
+_MOST_OF_PEER = 64
+"""Models that one other node waits for here, and at most half of all places: the core notes no more of them."""
 _SOON = 5.0
 _GONE_SECONDS = 1.0
 """Pause before a request is sent again to a node that has unloaded its model and has not announced that yet."""
@@ -76,6 +79,7 @@ class LoadWaits:
         self._routes = routes
         self._traffic = traffic
         self._clock = clock
+        self._of_peers: Counter[NodeId] = Counter()
         self.waiting = 0
         """Requests that wait now."""
 
@@ -122,7 +126,15 @@ class LoadWaits:
         except (KeyError, ValueError):
             raise MeshError("bad_request", "The question names no model.", "", 400) from None
         asker = LoadAsker(peer, anywhere="anywhere" in fields, for_clients="clients" in fields)
-        route = await self._wait(model, asker, self._clock() + (self.seconds or _DEFAULT_WAIT), None)
+        if self._of_peers[peer] >= min(_MOST_OF_PEER, max(1, self._most // 2)):
+            raise load_timeout(model, "as many requests wait for models as this node lets one other node have", _SOON)
+        self._of_peers[peer] += 1
+        try:
+            route = await self._wait(model, asker, self._clock() + (self.seconds or _DEFAULT_WAIT), None)
+        finally:
+            self._of_peers[peer] -= 1
+            if not self._of_peers[peer]:
+                del self._of_peers[peer]
         here = next((one for one in route.targets if one.local and one.status is ModelStatus.WARM), None)
         if here is None:
             return LoadAnswer(route.name)

@@ -279,6 +279,26 @@ async def test_another_node_hears_why_not_and_when_to_ask_again():
             await asker.server.ask_to_load(remote(THERE), NAME, {})
 
 
+async def test_one_other_node_has_no_more_than_half_of_the_places():
+    small = ApiConfig(port=0, load_wait=30.0, max_in_flight=8)
+    async with (
+        running_api([COLD], config=small) as api,
+        peer_streams(api.server, THERE) as address,
+        running_api(config=config()) as asker,
+        TaskScope("test") as scope,
+    ):
+        asker.mesh.nodes[THERE] = address
+        asking = [scope.spawn(asker.server.ask_to_load(remote(THERE), NAME, {}), "ask") for _ in range(2)]
+        await waits(api, 2)
+        with pytest.raises(MeshError, match="one other node"):
+            await asker.server.ask_to_load(remote(THERE), NAME, {})
+        own = [scope.spawn(api.post(ASKED), "ask") for _ in range(2)]
+        await waits(api, 4)
+        for one in (*asking, *own):
+            one.cancel()
+        await waits(api, 0)
+
+
 async def test_a_node_that_asks_no_more_is_not_waited_for():
     async with (
         running_api([COLD], config=config()) as api,

@@ -34,7 +34,7 @@ _PATIENCE = 12.0
 """Seconds after which another node is looked for while the one that was asked does not begin to load."""
 _MOST_AWAITED = 256
 """Models for which requests of other nodes are noted. Those of this node's own clients the API bounds."""
-_MOST_OF_ASKER = 32
+_MOST_OF_ASKER = 64
 """Models for which one other node's requests are noted: a node that asks for many must not keep others out."""
 _MOST_REFUSALS = 1024
 _NOBODY = "no node of the mesh that loads models when they are asked for has its file and the memory for it"

@@ -141,7 +141,7 @@ def test_a_node_that_asks_for_many_models_keeps_nobody_out() -> None:
     many = [f"unknown{number}" for number in range(300)]
     for model in many:
         machine.asks(model, asker=OTHER, here=True, standing="stranger")
-    assert len(machine.node.waiting) == 32
+    assert len(machine.node.waiting) == 64
     machine.asks("red", asker=THIRD, standing="member")
     machine.asks("green")
     for model in many:
