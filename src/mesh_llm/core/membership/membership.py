@@ -38,6 +38,7 @@ from mesh_llm.core.types.ids import Incarnation, MeshId, NodeId
 from mesh_llm.core.types.ports import RandomSource
 
 _MISSES_TO_REDIAL = 2
+"""Failed probes in a row, of a member that others reach, after which its connection is closed: once may be a hiccup."""
 _FAREWELLS = 32
 _MOST_REVOKED = 4096
 _LONG_SLEEP = 10.0

@@ -259,6 +259,16 @@ class TestSilence:
         bench.hear(A, Ack(nonce=ping.nonce))
         assert bench.membership.trusts(A)
 
+    def test_a_connection_on_which_only_others_get_answers_is_given_up_at_the_second_time(self) -> None:
+        bench = Bench()
+        bench.do(PeerConnected(node=A))
+        bench.meet(A, B)
+        for dropped in (False, True):
+            (ping,) = [message for message in sent(bench.do(failed(A)), A) if isinstance(message, Ping)]
+            effects = bench.hear(B, Ack(nonce=ping.nonce, about=A))
+            assert [effect.peer for effect in effects if isinstance(effect, Disconnect)] == [A] * dropped
+            assert bench.membership.view.get(A) is not None
+
     def test_vouchers_do_not_clear_a_failure_seen_here(self) -> None:
         bench = Bench()
         bench.meet(A, B, C)
