@@ -12,7 +12,7 @@ import sys
 
 from bench.common import table
 from bench.split.requests import CLIENT_PROMPT
-from bench.split.ways import WAYS, Cores, Measured, Runs, against, medians, middle, numbers, parser, run
+from bench.split.ways import WAYS, Cores, Measured, Runs, against, medians, middle, numbers, parser, run, say
 
 _SLOT = 256
 """Tokens of each slot, at least: a micro-batch is divided by the slots."""
@@ -35,17 +35,8 @@ def measure(runs: Runs, way: str, machines: int, delay: float, seed: int) -> lis
                 "bytes_per_token": (runs.lab.wire_bytes - before) / (clients * arguments.answer),
             }
             results.append(Measured(way, machines, delay, clients, values, answer["texts"], cores.busy()))
-            _say(results[-1])
+            say(results[-1], "clients", "together")
     return results
-
-
-def _say(result: Measured) -> None:
-    print(
-        f"  {WAYS[result.way]} on {result.machines} at {result.delay_ms:g} ms: {result.size} clients, "
-        f"{result.values['together']:.1f} tokens/s, busy {result.busy:.2f}",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def text(results: list[Measured]) -> str:

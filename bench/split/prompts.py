@@ -13,7 +13,7 @@ machine's cores were busy: near 1, the lab is the limit and not what is measured
 import sys
 
 from bench.common import table
-from bench.split.ways import WAYS, Cores, Measured, Runs, against, medians, middle, numbers, parser, run
+from bench.split.ways import WAYS, Cores, Measured, Runs, against, medians, middle, numbers, parser, run, say
 
 _ANSWER = 32
 
@@ -42,17 +42,8 @@ def measure(runs: Runs, way: str, machines: int, delay: float, seed: int) -> lis
                 "predicted": predicted[tokens],
             }
             results.append(Measured(way, machines, delay, tokens, values, [answer["text"]], cores.busy()))
-            _say(results[-1])
+            say(results[-1], "tokens", "rate")
     return results
-
-
-def _say(result: Measured) -> None:
-    print(
-        f"  {WAYS[result.way]} on {result.machines} at {result.delay_ms:g} ms: {result.size} tokens, "
-        f"{result.values['rate']:.0f} tokens/s, busy {result.busy:.2f}",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def text(results: list[Measured]) -> str:

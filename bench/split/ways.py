@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -86,6 +87,16 @@ class Measured:
     values: dict[str, float]
     texts: list[str]
     busy: float
+
+
+def say(result: Measured, unit: str, rate: str) -> None:
+    """Show one round while the others are still to come. `unit`: of its size; `rate`: which value is tokens/s."""
+    print(
+        f"  {WAYS[result.way]} on {result.machines} at {result.delay_ms:g} ms: {result.size} {unit}, "
+        f"{result.values[rate]:.1f} tokens/s, busy {result.busy:.2f}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 class Runs:
