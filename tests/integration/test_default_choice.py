@@ -102,3 +102,23 @@ async def test_other_programs_stores_are_served_from_and_left_as_they_are(
     assert "Ollama" in text
     assert "LM Studio" in text
     assert look() == before
+
+
+async def test_a_request_fetches_a_model_of_the_catalogue_where_that_is_allowed(
+    start_node: StartNode, hub: HubServer, best: CatalogEntry
+) -> None:
+    env = {"HF_ENDPOINT": hub.endpoint}
+    founder = await start_node("a", models=["tiny"], arguments=(*MEMORY, "--no-fetch"), env=env)
+    assert (await founder.api.post("/v1/chat/completions", chat(model=best.stem))).status == 404
+    assert not hub.asked
+    joiner = await start_node(
+        "b", models=["tiny"], arguments=(*MEMORY, "--fetch-on-demand"), join=[await founder.invite()], env=env
+    )
+    answer = (await joiner.api.post("/v1/chat/completions", chat(model=best.stem))).expect().json()
+    assert answer["model"] == best.stem
+    sent = hub.content_bytes()
+    assert sent > 0
+    # It is a model of the mesh now.
+    answer = (await founder.api.post("/v1/chat/completions", chat(model=best.stem))).expect().json()
+    assert answer["model"] == best.stem
+    assert hub.content_bytes() == sent
