@@ -263,7 +263,7 @@ class OnDemand:
             self._wake(entry.ranked_at + _RANK_AGAIN)
             return effects, False
         entry.ranked_at = self._now
-        chosen = next(iter(self._ranked(entry)), None)
+        chosen = next(iter(self._ranked(entry)), None) or self._split_host(entry)
         if chosen is None:
             why = self._why_not(entry)
             if why == _NOBODY and self._known(entry.model) is not None and self._now < entry.since + _GRACE:
@@ -514,15 +514,47 @@ class OnDemand:
     def _split_or_refuse(self, entry: _Entry, facts: ModelFacts, refused: LoadRefused) -> tuple[list[AnyEffect], bool]:
         """A model that fits no node alone may be split, where nodes that can do that have the memory together."""
         models = self._models
-        offers = (member.announcement.offer for member in self._members if not member.suspect)
-        memory = sum(offer.memory_bytes for offer in offers if offer is not None and not offer.obstacle)
         if models.group_model == entry.model:
             entry.state = Awaited(text="it is about to be split over several nodes")
             return [], False
-        if models.needs_group(entry.model, refused) and memory + models.free_bytes >= facts.size_bytes and memory:
+        if self._can_split(facts, refused):
             entry.state = Awaited(text="it is about to be split over several nodes")
             return models.load(entry.model, None, self._now), False
         return self._refuse(entry, refused.message.rstrip(".")), False
+
+    def _can_split(self, facts: ModelFacts, refused: LoadRefused) -> bool:
+        """Whether this node may split a model, and the others have the memory that it lacks."""
+        models, memory = self._models, sum(self._split_memory().values())
+        return models.needs_group(facts.name, refused) and 0 < memory >= facts.size_bytes - models.free_bytes
+
+    def _split_memory(self) -> dict[NodeId, int]:
+        """What the other nodes could give to a split model."""
+        offers = ((one.announcement.node, one.announcement.offer) for one in self._members if not one.suspect)
+        return {node: offer.memory_bytes for node, offer in offers if offer is not None and not offer.obstacle}
+
+    def _split_host(self, entry: _Entry) -> NodeId | None:
+        """The node that begins to split a model that fits no node alone: it has the file. None: nobody can."""
+        model, me, facts = entry.model, self._config.node, self._known(entry.model)
+        if facts is None:
+            return None
+        models, memory = self._models, self._split_memory()
+        if model in models.on_disk and (model, me) not in self._refusals and not self._barred(model, facts):
+            movable = [one.model for one in self.residents.candidates(entry.askers.keys())]
+            best = self.residents.check(facts, [*self.residents.leaving(), *movable])
+            if models.group_model == model or (isinstance(best, LoadRefused) and self._can_split(facts, best)):
+                return me
+        places = (place for member in self._members if (place := place_of(member)) is not None)
+        hosts = [
+            place.node
+            for place in places
+            if model in place.on_disk
+            and place.node in memory
+            and (model, place.node) not in self._refusals
+            and (place.offer.clients or not self._for_clients(entry))
+        ]
+        if not hosts or sum(memory.values()) + models.free_bytes < facts.size_bytes:
+            return None
+        return max(hosts, key=lambda node: (memory[node], node))
 
     def _wake(self, time: float) -> None:
         self._deadline = time if self._deadline is None else min(self._deadline, time)
