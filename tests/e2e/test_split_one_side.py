@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.test_split import answers, split_invite, split_over
 from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
-from tests.support.pool import Status, chat, content, named, until, warm
+from tests.support.pool import alive, chat, content, named, until, warm
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -48,11 +48,6 @@ async def test_a_worker_needs_neither_option(
         assert await answers(worker) == solo
 
 
-def lending(status: Status) -> bool:
-    """Every node of two offers memory to split models."""
-    return len(status["peers"]) == 1 and all(one["offer"] and not one["offer"]["obstacle"] for one in status["peers"])
-
-
 async def test_a_request_splits_a_model_that_fits_no_node_alone(
     netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -64,7 +59,7 @@ async def test_a_request_splits_a_model_that_fits_no_node_alone(
     joins = {"join": [invite], "models_dir": nothing}
     worker = await start_node("b", models=["tiny"], arguments=arguments, lab=lab, host=1, **joins)
     for node in (host, worker):
-        await until(node, lending, "memory for split models")
+        await until(node, alive(1), "seeing the other")
     # The node that is asked has not got the file.
     assert content(await chat(worker, "big"))
     shared = (await host.status())["split"]
