@@ -440,8 +440,8 @@ def test_what_fits_no_node_alone_is_split_where_the_memory_is_enough_together(me
     machine.do(RpcChanged(rpc_version="8.0.0"))
     machine.do(SplitScope(granted=True, scope="split"))
     size = int(memory * GB)
-    lends = {"loads": LoadOffer(free_bytes=size, room_bytes=size), "offer": SplitOffer(memory_bytes=size)}
-    machine.peers.set(member(2, **lends))
+    loads = LoadOffer(free_bytes=size, room_bytes=size)
+    machine.peers.set(member(2, loads=loads, offer=SplitOffer(memory_bytes=size)))
     machine.wait(1.0)
     machine.asks("red")
     if memory == 3.0:
