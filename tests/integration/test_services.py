@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from mesh_llm.daemon.settings import Settings
 from mesh_llm.runtime import supervision as module
 from mesh_llm.runtime.supervision import Supervision
 
-ROOT = Path(__file__).resolve().parents[2]
 SERVICES = {
     "api/stream-watchdog",
     "api/usage",
@@ -104,17 +102,3 @@ async def test_every_service_is_started_again(tmp_path: Path, supervisions: list
     node.cancel()
     await asyncio.wait({node})
     assert supervision.services == set()
-
-
-def test_the_table_names_every_scope() -> None:
-    text = (ROOT / "docs" / "reliability.md").read_text()
-    table = text[text.index("## Services and jobs") : text.index("## Chaos")]
-    cells = {
-        word.strip() for line in table.splitlines() if line.startswith("|") for word in line.split("|")[1].split(",")
-    }
-    scopes: set[str] = set()
-    for file in (ROOT / "src" / "mesh_llm").rglob("*.py"):
-        scopes |= set(re.findall(r'TaskScope\(\s*f?"([^"]*)"', file.read_text()))
-    # Names with a part that varies: `child {process.pid}`.
-    names = {"split NAME" if name.startswith("split {") else re.split(r"[ -]?\{", name)[0] for name in scopes}
-    assert names - {"peer"} <= cells, names - cells

@@ -10,6 +10,7 @@ import mesh_llm
 from mesh_llm.runtime import supervision
 
 SOURCE = Path(mesh_llm.__file__).parent
+DOCUMENT = Path(__file__).parents[3] / "docs" / "reliability.md"
 
 
 def essential() -> dict[str, list[str]]:
@@ -56,6 +57,20 @@ def test_no_endless_loop_is_a_job_that_could_end_with_a_log_line() -> None:
         if not handled and isinstance(call.args[0], ast.Call) and _is_endless(tree, call.args[0].func):
             endless.append(f"{file}: {ast.unparse(call)}")
     assert not endless
+
+
+def test_the_table_names_every_scope() -> None:
+    text = DOCUMENT.read_text()
+    table = text[text.index("## Services and jobs") : text.index("## Chaos")]
+    cells = {
+        word.strip() for line in table.splitlines() if line.startswith("|") for word in line.split("|")[1].split(",")
+    }
+    scopes: set[str] = set()
+    for file in SOURCE.rglob("*.py"):
+        scopes |= set(re.findall(r'TaskScope\(\s*f?"([^"]*)"', file.read_text()))
+    # Names with a part that varies: `child {process.pid}`.
+    names = {"split NAME" if name.startswith("split {") else re.split(r"[ -]?\{", name)[0] for name in scopes}
+    assert names - {"peer"} <= cells, names - cells
 
 
 def _scope_handles_failures(tree: ast.Module) -> bool:
