@@ -82,8 +82,10 @@ async def test_a_full_disk_under_a_running_node(start_node: StartNode, tmp_path:
     assert "No space left on device" in text
     assert "Make room" in text
     assert "fault in mesh-llm" not in text
+    # Each is found when it is written next.
+    unwritten = {"the log daemon.log", "the journal", "what is known of the mesh"}
+    await until(node, lambda status: unwritten <= set(problems(status)), "saying what waits")
     found = problems(await node.status())
-    assert {"the log daemon.log", "the journal", "what is known of the mesh"} <= set(found), found
     assert all("No space left on device" in text for text in found.values())
     told = [line for line in node.process.lines if "cannot be written" in line]
     assert len(told) == len(set(told)) == len(found), told

@@ -181,6 +181,8 @@ class StreamDispatcher:
 
 
 _ROUND_TRIPS_TO_ACCEPT = 8
+_SILENCE_SECONDS = 1.0
+"""After this time and some round trips without a datagram, a peer that does not answer is silent."""
 _RTT_SECONDS = 1.0
 """How long a measured round trip is taken for the present one: asking iroh costs more than opening a stream."""
 _BACKGROUND = frozenset({StreamType.GOSSIP, StreamType.PROBE})
@@ -218,6 +220,8 @@ class PeerConnection:
         self._scope = TaskScope(f"peer-{peer.node[:8]}")
         self._scoped: WeakKeyDictionary[PeerStream, Scope] = WeakKeyDictionary()
         """Outgoing streams that the peer's scope must permit."""
+        self._listening = False
+        """Whether it is being found out if the peer is silent."""
         self._drained = asyncio.Event()
         self._drained.set()
         self._ended = asyncio.Event()
@@ -263,12 +267,38 @@ class PeerConnection:
         if counted:
             self.begin()
         stream = IrohStream(
-            raw, self._scope, unsent=encode_header(kind, parameters), on_end=self.end if counted else None
+            raw,
+            self._scope,
+            unsent=encode_header(kind, parameters),
+            on_end=self.end if counted else None,
+            on_silence=self._suspect_silence,
         )
         if kind in ACKNOWLEDGED:
             stream.expect_acceptance(self.acceptance_seconds)
         self.require(stream, scope)
         return stream
+
+    def _suspect_silence(self) -> None:
+        """The peer did not accept a stream: find out whether anything comes from it on this connection."""
+        if not self._listening:
+            self._listening = True
+            self._scope.spawn(self._close_if_silent(), "silence")
+
+    async def _close_if_silent(self) -> None:
+        """Close this connection if the peer's machine acknowledges nothing and no other stream waits for it.
+
+        A process that was restarted does not know the connections of the one before, and QUIC notices that only after
+        its idle time. The next stream dials the new process then.
+        """
+        try:
+            received = self.raw.stats().udp_rx_datagrams
+            # The stream's reset asks for an acknowledgement.
+            if await wait_for_event(self._ended, _SILENCE_SECONDS + _ROUND_TRIPS_TO_ACCEPT * self._rtt):
+                return
+            if not self.busy and self.raw.stats().udp_rx_datagrams == received:
+                self.close(CloseCode.DISCONNECTED, "nothing comes on this connection")
+        finally:
+            self._listening = False
 
     @property
     def acceptance_seconds(self) -> float:

@@ -17,10 +17,17 @@ class IrohStream(PeerStream):
     paced = True
 
     def __init__(
-        self, stream: iroh.BiStream, scope: TaskScope, *, unsent: bytes = b"", on_end: Callable[[], None] | None = None
+        self,
+        stream: iroh.BiStream,
+        scope: TaskScope,
+        *,
+        unsent: bytes = b"",
+        on_end: Callable[[], None] | None = None,
+        on_silence: Callable[[], None] | None = None,
     ) -> None:
-        """See PeerStream."""
+        """See PeerStream. `on_silence`: called if the peer does not accept it in time."""
         super().__init__(scope, unsent=unsent, on_end=on_end)
+        self._on_silence = on_silence
         self._outgoing = stream.send()
         self._incoming = stream.recv()
         self._reading = InterruptibleCall()
@@ -75,6 +82,11 @@ class IrohStream(PeerStream):
             await self._writing.run(self._outgoing.finish())
         except iroh.IrohError as error:
             raise self._fail(stream_failure(error)) from None
+
+    def _not_accepted(self, timeout: float) -> None:
+        super()._not_accepted(timeout)
+        if self._on_silence is not None:
+            self._on_silence()
 
     def _cut(self, code: ResetCode, failure: ConnectionError) -> None:
         # Pending calls hold the locks that stop() and reset() need.
