@@ -73,6 +73,8 @@ async def test_requests_move_to_tcp_and_back_when_it_is_blocked(
     await ask_until(blue, carried("quic", "TCP"), "over QUIC")
     lab.all_links().allow_tcp()
     await ask_until(blue, carried("tcp"), "over TCP again")
+    # The host was alive all the time: no second copy of its model was loaded.
+    await until(blue, warm("red"), "served by one node")
 
 
 @pytest.mark.parametrize("way", ["both", "one"])

@@ -27,7 +27,8 @@ from mesh_llm.core.types.model import LaunchPlan, ModelFacts, ModelStatus, Role
 
 _RANK_AGAIN = 0.5
 _GRACE = 3.0
-"""Seconds for which a node is looked for though none seems to have the memory."""
+"""Seconds for which a node is looked for though none seems to have the memory, and for which a host that failed a
+request and is alive is waited for: it gets requests again after `Timings.target_block`."""
 _LOOK_ELSEWHERE = 5.0
 """Seconds after which another node is looked for while a model waits for memory here."""
 _PATIENCE = 12.0
@@ -238,12 +239,23 @@ class OnDemand:
             )
         return True
 
-    def _place(self, entry: _Entry, before: ModelName | None) -> tuple[list[AnyEffect], bool]:
-        """Choose the node that loads a model, and let it."""
-        me = self._config.node
+    def _is_soon_back(self, entry: _Entry) -> bool:
+        """Whether another node serves the model, and gets requests in a moment."""
         if self._now < entry.answered_at + _RANK_AGAIN:
             # The routes say so in a moment.
             self._wake(entry.answered_at + _RANK_AGAIN)
+            return True
+        if self._now < entry.since + _GRACE and any(self._serves(member, entry.model) for member in self._members):
+            # A second copy may have to be fetched, and would answer from then on.
+            self._wake(entry.since + _GRACE)
+            entry.state = Awaited(text="its host failed a request, and is asked again in a moment")
+            return True
+        return False
+
+    def _place(self, entry: _Entry, before: ModelName | None) -> tuple[list[AnyEffect], bool]:
+        """Choose the node that loads a model, and let it."""
+        me = self._config.node
+        if self._is_soon_back(entry):
             return [], False
         if entry.asked == me:
             if self._now < entry.ranked_at + _LOOK_ELSEWHERE:
@@ -385,9 +397,13 @@ class OnDemand:
         text = f"it is loading on {member.label}" if loading else f"{member.label} was asked to load it"
         entry.state = Awaited(text=text, ready_at=entry.asked_at + seconds, problem_here=entry.state.problem_here)
 
-    def _loading(self, member: Member, model: ModelName) -> bool:
+    @staticmethod
+    def _serves(member: Member, model: ModelName, status: ModelStatus = ModelStatus.WARM) -> bool:
         serving = member.announcement.serving
-        return not member.suspect and any(one.model == model and one.status is ModelStatus.LOADING for one in serving)
+        return not member.suspect and any(one.model == model and one.status is status for one in serving)
+
+    def _loading(self, member: Member, model: ModelName) -> bool:
+        return self._serves(member, model, ModelStatus.LOADING)
 
     def _end_ask(self, entry: _Entry) -> list[AnyEffect]:
         asked, entry.asked = entry.asked, None
