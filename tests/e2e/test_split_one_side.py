@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.test_split import answers, split_invite, split_over
 from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
-from tests.support.pool import alive, chat, content, named, until, warm
+from tests.support.pool import chat, content, named, until, warm
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -46,21 +46,3 @@ async def test_a_worker_needs_neither_option(
         await host.crash()
         await until(worker, warm("red"), "serving alone", 60.0)
         assert await answers(worker) == solo
-
-
-async def test_a_request_splits_a_model_that_fits_no_node_alone(
-    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
-) -> None:
-    lab = netlab(2, delay_ms=1)
-    big = named(random_model("half-gigabyte"), "big", tmp_path / "m")
-    arguments = ("--max-vram", "0.67", "--ctx-size", "512", "--parallel", "1", "--no-draft")
-    host = await start_node("a", models=["tiny"], models_dir=big.parent, arguments=arguments, lab=lab, host=0)
-    invite, nothing = await split_invite(host), tmp_path / "empty"
-    joins = {"join": [invite], "models_dir": nothing}
-    worker = await start_node("b", models=["tiny"], arguments=arguments, lab=lab, host=1, **joins)
-    for node in (host, worker):
-        await until(node, alive(1), "seeing the other")
-    # The node that is asked has not got the file.
-    assert content(await chat(worker, "big"))
-    shared = (await host.status())["split"]
-    assert (shared["model"], len(shared["workers"])) == ("big", 1)
