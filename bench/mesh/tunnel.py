@@ -1,9 +1,10 @@
-"""TCP through the mesh against plain TCP: `python -m bench.mesh.tunnel [--quick] [--json FILE]`.
+"""TCP through the mesh against plain TCP: `python -m bench.mesh.tunnel [--quick] [--passes N] [--json FILE]`.
 
 Four ways from a client on one host to a server on another: straight TCP; the same two-process proxy with TCP in the
 middle; and the mesh, TCP to QUIC to TCP and TCP to TLS to TCP. Bulk in one direction, and round trips of 64 bytes and
-16 KiB. Hosts are network namespaces (tests.netlab): `here` is one host with two nodes, the others two hosts with a
-link. Needs root.
+16 KiB. All ways take turns, pass after pass; medians count, and for what is compared the medians of the passes' ratios,
+since a machine's speed changes from minute to minute. Hosts are network namespaces (tests.netlab): `here` is one host
+with two nodes, the others two hosts with a link. Needs root.
 """
 
 import argparse
@@ -12,12 +13,17 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from tests.netlab.lab import NetLab
 
 SERVER, RELAY, TCP_ENTRY, QUIC_ENTRY, TLS_ENTRY = 7001, 7002, 7003, 7004, 7005
 WAYS = {"tcp": SERVER, "tcp proxy": TCP_ENTRY, "quic": QUIC_ENTRY, "tls": TLS_ENTRY}
 ROLES = [sys.executable, "-m", "bench.mesh.tunnel_roles"]
+
+LABELS = {"64": "64B", "16384": "16KiB"}
+Numbers = dict[str, dict[str, float]]
+"""Of each way: its numbers by their names."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ def scenes(*, quick: bool) -> list[Scene]:
     ]
 
 
-def measure(scene: Scene) -> dict[str, dict[str, float]]:
-    """All ways and loads of one scene: {way: {number's name: number}}."""
+def measure(scene: Scene, passes: int) -> list[Numbers]:
+    """All ways and loads of one scene, as often."""
     hosts = 1 if scene.delay_ms is None else 2
     far = hosts - 1
     with NetLab(hosts, delay_ms=scene.delay_ms or 0.0) as lab:
@@ -69,29 +75,33 @@ def measure(scene: Scene) -> dict[str, dict[str, float]]:
         token = start(far, "exit", "127.0.0.1", str(SERVER)).split()[1]
         start(0, "entry", str(QUIC_ENTRY), token, "quic")
         start(0, "entry", str(TLS_ENTRY), token, "tls")
-        results: dict[str, dict[str, float]] = {}
-        for way, port in WAYS.items():
-            results[way] = {
-                "bulk_MB_s": load(port, "bulk", scene.megabytes)["megabytes_per_second"],
-                **{f"rtt_64B_{key}": value for key, value in load(port, "rtt64", scene.rounds).items()},
-                **{f"rtt_16KiB_{key}": value for key, value in load(port, "rtt16384", scene.rounds).items()},
-            }
+        results: list[Numbers] = [{way: {} for way in WAYS} for _ in range(passes)]
+        for numbers in results:
+            for way, port in WAYS.items():
+                numbers[way]["bulk_MB_s"] = load(port, "bulk", scene.megabytes)["megabytes_per_second"]
+            for size in ("64", "16384"):
+                for way, port in WAYS.items():
+                    found = load(port, f"rtt{size}", scene.rounds)
+                    numbers[way] |= {f"rtt_{LABELS[size]}_{key}": value for key, value in found.items()}
         return results
 
 
-def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def middle(passes: list[Numbers], way: str, name: str, against: str = "") -> float:
+    """The median of a way's number; or of its ratios to the same number of another way."""
+    return median(numbers[way][name] / (numbers[against][name] if against else 1) for numbers in passes)
+
+
+def table(results: dict[str, list[Numbers]]) -> str:
     """For people."""
     columns = ["bulk_MB_s", "rtt_64B_p50_ms", "rtt_64B_p99_ms", "rtt_16KiB_p50_ms", "rtt_16KiB_p99_ms"]
     lines = [f"{'scene':8}{'way':12}" + "".join(f"{column:>18}" for column in columns)]
-    for scene, ways in results.items():
+    for scene, passes in results.items():
         lines += [
-            f"{scene:8}{way:12}" + "".join(f"{numbers[column]:18.2f}" for column in columns)
-            for way, numbers in ways.items()
+            f"{scene:8}{way:12}" + "".join(f"{middle(passes, way, column):18.2f}" for column in columns) for way in WAYS
         ]
-        proxy = ways["tcp proxy"]
         for way in ("quic", "tls"):
-            share = ways[way]["bulk_MB_s"] / proxy["bulk_MB_s"]
-            times = ways[way]["rtt_64B_p50_ms"] / proxy["rtt_64B_p50_ms"]
+            share = middle(passes, way, "bulk_MB_s", "tcp proxy")
+            times = middle(passes, way, "rtt_64B_p50_ms", "tcp proxy")
             lines.append(f"{'':8}{way}: {share:.2f} of the TCP proxy's bulk, {times:.2f} of its 64-byte round trip")
     return "\n".join(lines)
 
@@ -100,11 +110,13 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a quarter of the work")
+    parser.add_argument("--passes", type=int, default=5, help="how often each way has its turn")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
-    results = {scene.name: measure(scene) for scene in scenes(quick=options.quick)}
+    results = {
+        scene.name: measure(scene, 1 if options.quick else options.passes) for scene in scenes(quick=options.quick)
+    }
     print(table(results))
-    print(json.dumps(results))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=2) + "\n")
