@@ -14,7 +14,7 @@ import msgspec
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.confinement.policy import compile_library
 from mesh_llm.engine.installation import look, record_part
-from mesh_llm.engine.sources.embedded import plugin, slot_library
+from mesh_llm.engine.sources.embedded import library_build, plugin, slot_library
 from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.runtime.home import Home
 
@@ -50,9 +50,9 @@ def bundle(directory: Path) -> None:
     """Build all that a wheel carries of the engine, and only that. Raises MeshError."""
     directory.mkdir(parents=True, exist_ok=True)
     compile_library(directory)
-    plugin.build(directory.parent, directory, say, None)
+    library_build.build(plugin.LIBRARY, directory.parent, directory, say)
     if slot_library.supported():
-        slot_library.build(directory.parent, directory, say)
+        library_build.build(slot_library.LIBRARY, directory.parent, directory, say)
     for name in (plugin.RPC, slot_library.SLOTS):
         part = look(name, VERSION, [directory]).part
         if part is not None:

@@ -5,16 +5,10 @@ mesh-llm pins. `install` runs the build; `engine/installation.py` knows the resu
 """
 
 import asyncio
-import errno
-import shutil
 import sysconfig
-import tempfile
-import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import compiler
@@ -23,26 +17,16 @@ from mesh_llm.engine.confinement.policy import RpcPolicy, find_library, provide_
 from mesh_llm.engine.installation import (
     BUNDLED,
     Found,
-    Part,
     build_directories,
-    digest,
     look,
-    record_failure,
-    record_part,
     system,
     writable_directory,
 )
 from mesh_llm.engine.probe import RpcProbe, started_rpc_server
 from mesh_llm.engine.process import Command, python_module
-from mesh_llm.engine.sources.embedded.archive import (
-    VERSION,
-    Progress,
-    check_digest,
-    no_room,
-    provide_archive,
-    require_room,
-    unpack,
-)
+from mesh_llm.engine.sources.embedded import library_build
+from mesh_llm.engine.sources.embedded.archive import VERSION, Progress, unpack
+from mesh_llm.engine.sources.embedded.library_build import Library, Work
 from mesh_llm.engine.spec import CPU_DEVICE, EnginePart, PartState, RpcWorkerSpec
 
 RPC = "rpc"
@@ -53,7 +37,6 @@ RPC_VERSION = "8.0.0"
 
 LOG_NAME = "build-rpc.log"
 
-_ROOM_BYTES = 30 * 10**6
 _LASTING = {"plugin_compile_failed", "plugin_self_test_failed", "plugin_source_wrong"}
 """Failures that the same attempt would meet again: a node does not try again by itself."""
 
@@ -119,14 +102,14 @@ def _obstacle(cache: Path) -> MeshError | None:
     """What would end a build at once."""
     try:
         compiler.find_compiler()
-        writable_directory(build_directories(cache, key()))
+        writable_directory(_places(cache))
     except MeshError as error:
         return error
     return None
 
 
 def install(cache: Path, progress: Progress, archive: Path | None = None, force: bool = False) -> Plugin:
-    """Build the plugin unless it is there. Blocks. Two processes at once build one. A failure is remembered.
+    """Build the plugin unless it is there, and the library that confines it. Blocks. As `library_build.install`.
 
     Args:
         cache: the home's cache directory.
@@ -138,89 +121,25 @@ def install(cache: Path, progress: Progress, archive: Path | None = None, force:
         MeshError: `compiler_missing`, `plugin_compile_failed`, `plugin_self_test_failed`, `plugin_not_writable`, and as
             `provide_archive`.
     """
-    began = time.time()
-    found = None if force else find(cache)
-    if found is None or find_library(cache) is None:
-        directory = writable_directory(build_directories(cache, key()))
-        lock = FileLock(directory.with_name(f"{directory.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            progress("wait", "Another mesh-llm on this machine builds the RPC plugin: waiting for it.")
-            lock.acquire()
-        try:
-            part = examine(cache).part
-            found = find(cache) if part is not None and (not force or part.built >= began) else None
-            failure = look(RPC, VERSION, [directory]).failure
-            if found is None and failure is not None and failure.at >= began:
-                # The other one tried meanwhile, and failed.
-                raise MeshError(code=failure.code, message=failure.message, hint=failure.hint, status=503)
-            found = _recorded_build(cache, directory, progress, archive, found)
-        finally:
-            lock.release()
-    progress("done", f"The RPC plugin is at {found.path} (RPC {found.rpc_version}).")
-    return found
+    if find_library(cache) is None:
+        with library_build.failures_recorded(LIBRARY, writable_directory(_places(cache))):
+            provide_library(cache)
+    part, path = library_build.install(LIBRARY, cache, progress, archive, force=force)
+    progress("done", f"The RPC plugin is at {path} (RPC {part.version}).")
+    return Plugin(path=path, rpc_version=part.version)
 
 
-def _recorded_build(
-    cache: Path, directory: Path, progress: Progress, archive: Path | None, found: Plugin | None
-) -> Plugin:
-    try:
-        provide_library(cache)
-        return found or build(cache, directory, progress, archive)
-    except OSError as error:
-        failure = no_room(directory) if error.errno == errno.ENOSPC else _unwritten(directory, error)
-        record_failure(directory, VERSION, RPC, failure)
-        raise failure from error
-    except MeshError as error:
-        record_failure(directory, VERSION, RPC, error)
-        raise
+def _places(cache: Path) -> list[Path]:
+    return build_directories(cache, key())
 
 
-def build(cache: Path, directory: Path, progress: Progress, archive: Path | None) -> Plugin:
-    """Build into `directory`, and note it in its manifest. Only while holding the directory's lock."""
-    command = compiler.find_compiler()
-    for left in directory.glob(".build-*"):
-        # Of a build that was killed.
-        shutil.rmtree(left, ignore_errors=True)
-    require_room(directory, _ROOM_BYTES)
-    library, log = directory / library_name(), directory / LOG_NAME
-    if archive is None:
-        archive = provide_archive(cache, progress)
-    else:
-        progress("verify", f"Checking {archive.name}.")
-        check_digest(archive)
-    # On the same file system as the destination, so that the last step is a rename.
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as name:
-        work = Path(name)
-        progress("unpack", "Extracting the RPC backend.")
-        ggml = unpack(archive, work)
-        progress("compile", f"Compiling the RPC plugin with {Path(command[0]).name}; about ten seconds.")
-        built = work / library.name
-        compiler.compile_plugin(ggml, built, command, log)
-        progress("self-test", "Loading it and testing it.")
-        rpc_version = self_test(built)
-        part = Part(
-            name=RPC,
-            file=library.name,
-            sha256=digest(built),
-            version=rpc_version,
-            how=f"compiled with {' '.join(command)}",
-            log=log.name,
-            built=time.time(),
-        )
-        built.replace(library)
-    record_part(directory, VERSION, part)
-    return Plugin(path=library, rpc_version=rpc_version)
-
-
-def _unwritten(directory: Path, error: OSError) -> MeshError:
-    return MeshError(
-        code="plugin_not_writable",
-        message=f"The RPC plugin could not be written to {directory}: {error.strerror or error}.",
-        hint="Mend that, then run `mesh-llm engine install`.",
-        status=503,
-    )
+def _make(work: Work) -> str:
+    work.progress("unpack", "Extracting the RPC backend.")
+    ggml = unpack(work.archive, work.directory)
+    work.progress("compile", f"Compiling the RPC plugin with {Path(work.command[0]).name}; about ten seconds.")
+    compiler.compile_plugin(ggml, work.target, work.command, work.log)
+    work.progress("self-test", "Loading it and testing it.")
+    return self_test(work.target)
 
 
 def worker_command(
@@ -266,3 +185,15 @@ def self_test(library: Path, load: tuple[str, ...] = ()) -> str:
             status=503,
         )
     return server.version
+
+
+LIBRARY = Library(
+    part=RPC,
+    title="the RPC plugin",
+    file=library_name(),
+    log=LOG_NAME,
+    room_bytes=30 * 10**6,
+    places=_places,
+    examine=examine,
+    make=_make,
+)

@@ -11,39 +11,19 @@ import ctypes
 import os
 import sys
 import sysconfig
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from filelock import FileLock
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import compiler
-from mesh_llm.engine.installation import (
-    Found,
-    Part,
-    build_directories,
-    digest,
-    look,
-    record_failure,
-    record_part,
-    writable_directory,
-)
+from mesh_llm.engine.installation import Found, build_directories, digest, look
 from mesh_llm.engine.slots import Moved, Slot, SlotError
-from mesh_llm.engine.sources.embedded import plugin
-from mesh_llm.engine.sources.embedded.archive import (
-    VERSION,
-    Progress,
-    check_digest,
-    find_archive,
-    provide_archive,
-    require_room,
-    run_to_end,
-    unpack_headers,
-)
+from mesh_llm.engine.sources.embedded import library_build, plugin
+from mesh_llm.engine.sources.embedded.archive import VERSION, Progress, find_archive, run_to_end, unpack_headers
+from mesh_llm.engine.sources.embedded.library_build import Library, Work
 from mesh_llm.engine.spec import EnginePart, PartState
 
 SLOTS = "slots"
@@ -53,7 +33,6 @@ LOG_NAME = "build-slots.log"
 
 _SOURCE = Path(__file__).with_name("slots.cpp")
 _HEADERS = ("common", "include", "ggml/include", "tools/server", "tools/mtmd")
-_ROOM_BYTES = 10 * 10**6
 _ROOM = 1 << 20
 """For an answer of the server, bytes: 256 slots need a third of it."""
 _OLD_STRINGS = "_Z20fs_validate_filenameRKSsb"
@@ -111,55 +90,23 @@ def install(cache: Path, progress: Progress, archive: Path | None = None, *, for
         MeshError: `compiler_missing`, `plugin_compile_failed`, `plugin_self_test_failed`, `plugin_not_writable`, and as
             `provide_archive`.
     """
-    if not supported():
-        return None
-    if not force and (found := find(cache)) is not None:
-        return found
-    directory = writable_directory(build_directories(cache, plugin.key()))
-    with FileLock(directory.with_name(f"{directory.name}.lock")):
-        if not force and (found := find(cache)) is not None:
-            return found
-        try:
-            return build(cache, directory, progress, archive)
-        except MeshError as error:
-            record_failure(directory, VERSION, SLOTS, error)
-            raise
+    return library_build.install(LIBRARY, cache, progress, archive, force=force).path if supported() else None
 
 
-def build(cache: Path, directory: Path, progress: Progress, archive: Path | None = None) -> Path:
-    """Build into `directory`, and note it in its manifest. Only while holding the directory's lock.
+def _places(cache: Path) -> list[Path]:
+    return build_directories(cache, plugin.key())
 
-    Raises:
-        MeshError: as `install`.
-    """
-    command = compiler.find_compiler()
-    require_room(directory, _ROOM_BYTES)
-    if archive is None:
-        archive = provide_archive(cache, progress)
-    else:
-        check_digest(archive)
-    library, log = directory / library_name(), directory / LOG_NAME
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as name:
-        source = unpack_headers(archive, Path(name))
-        progress("compile", f"Compiling what saves prompt caches with {Path(command[0]).name}; about five seconds.")
-        built = Path(name) / library.name
-        folders = [source / folder for folder in _HEADERS]
-        definitions = ("_GLIBCXX_USE_CXX11_ABI=0",) if _has_old_strings() else ()
-        compiler.compile_server_library(_SOURCE, built, command, folders, definitions, log)
-        progress("self-test", "Loading it.")
-        self_test(built)
-        part = Part(
-            name=SLOTS,
-            file=library.name,
-            sha256=digest(built),
-            version=revision(),
-            how=f"compiled with {' '.join(command)}",
-            log=log.name,
-            built=time.time(),
-        )
-        built.replace(library)
-    record_part(directory, VERSION, part)
-    return library
+
+def _make(work: Work) -> str:
+    source = unpack_headers(work.archive, work.directory)
+    compiling = f"Compiling what saves prompt caches with {Path(work.command[0]).name}; about five seconds."
+    work.progress("compile", compiling)
+    folders = [source / folder for folder in _HEADERS]
+    definitions = ("_GLIBCXX_USE_CXX11_ABI=0",) if _has_old_strings() else ()
+    compiler.compile_server_library(_SOURCE, work.target, work.command, folders, definitions, work.log)
+    work.progress("self-test", "Loading it.")
+    self_test(work.target)
+    return revision()
 
 
 def library_name() -> str:
@@ -267,3 +214,15 @@ class EngineSlots:
 def used(parts: Sequence[EnginePart]) -> bool:
     """Whether one of the engine's parts is this library, ready."""
     return any(part.name == SLOTS and part.state is PartState.READY for part in parts)
+
+
+LIBRARY = Library(
+    part=SLOTS,
+    title="what saves prompt caches",
+    file=library_name(),
+    log=LOG_NAME,
+    room_bytes=10 * 10**6,
+    places=_places,
+    examine=examine,
+    make=_make,
+)

@@ -10,7 +10,7 @@ import pytest
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import installation
-from mesh_llm.engine.sources.embedded import plugin
+from mesh_llm.engine.sources.embedded import library_build, plugin
 from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.engine.spec import PartState
 
@@ -26,10 +26,10 @@ class Workshop:
         self._lock = threading.Lock()
         monkeypatch.setattr(plugin, "directories", self._directories)
         monkeypatch.setattr(plugin, "build_directories", self._build_directories)
-        monkeypatch.setattr(plugin, "provide_archive", self._provide)
+        monkeypatch.setattr(library_build, "provide_archive", self._provide)
         monkeypatch.setattr(plugin, "provide_library", self._library)
         monkeypatch.setattr(plugin, "find_library", self._library)
-        monkeypatch.setattr(plugin, "check_digest", self._check_digest)
+        monkeypatch.setattr(library_build, "check_digest", self._check_digest)
         monkeypatch.setattr(plugin, "unpack", self._unpack)
         monkeypatch.setattr(plugin.compiler, "find_compiler", lambda: ("c++",))
         monkeypatch.setattr(plugin.compiler, "compile_plugin", self._compile)
@@ -180,7 +180,7 @@ def test_a_failure_is_remembered_until_it_is_built(
 
 
 def test_what_may_pass_is_tried_again(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "provide_archive", refuse("plugin_download_failed"))
+    monkeypatch.setattr(library_build, "provide_archive", refuse("plugin_download_failed"))
     with pytest.raises(MeshError):
         plugin.install(tmp_path, workshop.progress)
     assert plugin.examine(tmp_path).failure is not None

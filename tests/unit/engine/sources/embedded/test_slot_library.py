@@ -1,5 +1,6 @@
 """The library that saves slots: whether it is there, when a node builds it by itself, and what is noted of failures."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.confinement.policy import RpcPolicy
 from mesh_llm.engine.installation import Part, digest, look, record_part
-from mesh_llm.engine.sources.embedded import backends, plugin, server_main, slot_library
+from mesh_llm.engine.sources.embedded import backends, library_build, plugin, server_main, slot_library
 from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec, PartState
@@ -89,12 +90,25 @@ def test_a_failure_is_remembered(directory: Path, tmp_path: Path, monkeypatch: p
     def fails(*_: object) -> Path:
         raise MeshError(code="plugin_compile_failed", message="c++ could not compile it.")
 
-    monkeypatch.setattr(slot_library, "build", fails)
+    monkeypatch.setattr(library_build, "build", fails)
     monkeypatch.setattr(slot_library, "find_archive", here)
     with pytest.raises(MeshError):
         slot_library.install(tmp_path, nothing)
     assert look(slot_library.SLOTS, VERSION, [directory]).failure is not None
     assert slot_library.status(tmp_path).state is PartState.FAILED
+
+
+def test_a_disk_that_fills_is_said_and_not_a_traceback(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(library_build, "build", full)
+    with pytest.raises(MeshError) as caught:
+        slot_library.install(tmp_path, nothing)
+    assert caught.value.code == "disk_full"
+    assert "too little room" in slot_library.status(tmp_path).text
 
 
 def test_a_library_that_does_not_load_fails_its_self_test(tmp_path: Path) -> None:
