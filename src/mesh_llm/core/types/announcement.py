@@ -47,6 +47,9 @@ MAX_MESH_NAME = 64
 MAX_REGION = 32
 MAX_CLIENTS = 1_000_000
 MAX_DECLINED = 8
+LATER_SIZES = ("kv_window_bytes_per_token", "window", "state_bytes", "compute_width", "companion_bytes")
+"""Fields of `ModelFacts` that earlier versions do not know. They travel last, and only where one of them is not 0."""
+
 MAX_ROUND_TRIP_MS = 80.0
 """Longest round trip between two nodes of a split group, unless the user says otherwise."""
 
@@ -456,6 +459,11 @@ def fit(struct: _Struct) -> _Struct:
     return replace(struct, **changes)
 
 
+def has_later_sizes(facts: ModelFacts) -> bool:
+    """Whether `LATER_SIZES` travel."""
+    return any(getattr(facts, name) for name in LATER_SIZES)
+
+
 def is_model_name(text: str) -> bool:
     """Whether a model's name can be announced unchanged."""
     return 0 < len(text) <= MAX_TEXT and _clean(text, MAX_TEXT, ONE_LINE) == text
@@ -534,8 +542,8 @@ def _trimmed_offer(offer: SplitOffer | None) -> SplitOffer | None:
 
 
 def _cost_of_facts(one: ModelFacts) -> int:
-    sizes = (one.kv_window_bytes_per_token, one.window, one.state_bytes, one.compute_width, one.companion_bytes)
-    return 90 + (9 * len(sizes) if any(sizes) else 0) + _cost(one.name, one.architecture, one.fingerprint, one.source)
+    later = 9 * len(LATER_SIZES) if has_later_sizes(one) else 0
+    return 90 + later + _cost(one.name, one.architecture, one.fingerprint, one.source)
 
 
 def _cost(*texts: str) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from mesh_llm.core.types.announcement import (
+    LATER_SIZES,
     MAX_DEVICES,
     MAX_PAYLOAD,
     Announcement,
@@ -18,6 +19,7 @@ from mesh_llm.core.types.announcement import (
     Model,
     SplitState,
     Text,
+    has_later_sizes,
 )
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, Rates, Speed
@@ -85,7 +87,7 @@ def _read_split(wire: Any) -> SplitState:
 
 
 class _Facts(msgspec.Struct, frozen=True, array_like=True):
-    """The part of ModelFacts that travels."""
+    """The part of ModelFacts that travels; at the end `LATER_SIZES`, in their order."""
 
     name: Model
     kind: ModelKind
@@ -108,9 +110,6 @@ class _Facts(msgspec.Struct, frozen=True, array_like=True):
     companion_bytes: Count = 0
 
 
-_LATER_FACTS = 5
-"""So many of the last fields came later. Where none of them says anything they are left out."""
-
 _SAME_FACTS = tuple(name for name in _Facts.__struct_fields__ if name not in {"kind", "ranks"})
 
 
@@ -118,8 +117,7 @@ def _write_facts(facts: ModelFacts) -> _Facts | tuple[Any, ...]:
     ranks = facts.kind is ModelKind.RERANK
     same = {name: getattr(facts, name) for name in _SAME_FACTS}
     wire = _Facts(kind=ModelKind.EMBEDDING if ranks else facts.kind, ranks=ranks, **same)
-    fields = msgspec.structs.astuple(wire)
-    return wire if any(fields[-_LATER_FACTS:]) else fields[:-_LATER_FACTS]
+    return wire if has_later_sizes(facts) else msgspec.structs.astuple(wire)[: -len(LATER_SIZES)]
 
 
 def _read_facts(wire: _Facts) -> ModelFacts:

@@ -292,3 +292,4 @@ def test_a_node_without_the_file_sums_a_split_as_one_that_has_it() -> None:
     # What says nothing stays away: the bytes are those of earlier versions.
     lengths = [len(msgspec.msgpack.decode(encode_announcement(one))["on_disk"][0]) for one in (plain, announced)]
     assert lengths[1] - lengths[0] == 5
+    assert announcement_codecs._Facts.__struct_fields__[-5:] == bounds.LATER_SIZES
