@@ -13,6 +13,9 @@ ISOLATE := $(PYTHON) tools/isolate.py --
 BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
+# Containers often set it. Tests start Python hundreds of times, and each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
 JOBS ?= 2
 

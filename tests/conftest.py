@@ -12,6 +12,10 @@ from tools.isolate import enter_namespace
 
 __all__ = ["netlab", "random_model", "start_node"]
 
+# The same as in the Makefile, for who runs pytest alone: nodes that tests start find everything compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Two cores that others use as well: how long an example takes says nothing about the code under test.
 settings.register_profile("mesh-llm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fast", parent=settings.get_profile("mesh-llm"), max_examples=25)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, async_playwright
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, async_playwright, expect
 from tests.support.node import NodeProcess
 
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -21,6 +21,10 @@ _FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+_PATIENCE_MS = 60_000
+"""How long actions and expectations wait. Playwright's own limit, 5 s, is short for a browser on a busy machine."""
+expect.set_options(timeout=_PATIENCE_MS)
+
 _AXE = Path(__file__).resolve().parents[2] / "web/node_modules/axe-core/axe.min.js"
 DESKTOP = {"width": 1280, "height": 860}
 PHONE = {"width": 390, "height": 844}
@@ -58,7 +62,7 @@ class Visitor:
         """A visitor with Playwright's context options: `viewport`, `color_scheme` and the like."""
         chosen: dict[str, Any] = {"viewport": DESKTOP, "reduced_motion": "reduce", **options}
         context = await browser.new_context(**chosen)
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(_PATIENCE_MS)
         try:
             yield cls(context)
         finally:
