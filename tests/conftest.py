@@ -7,6 +7,7 @@ import sys
 import pytest
 from hypothesis import HealthCheck, settings
 from tests.netlab.fixtures import netlab
+from tests.support.examples import FAST, FEW
 from tests.support.fixtures import random_model, start_node
 from tools.isolate import enter_namespace
 
@@ -18,7 +19,7 @@ sys.dont_write_bytecode = False
 
 # Two cores that others use as well: how long an example takes says nothing about the code under test.
 settings.register_profile("mesh-llm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("fast", parent=settings.get_profile("mesh-llm"), max_examples=25)
+settings.register_profile(FAST, parent=settings.get_profile("mesh-llm"), max_examples=FEW)
 settings.load_profile("mesh-llm")
 
 # A run in the background of a shell that ignores Ctrl-C hands that down to every child, and nodes respect it.

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from random import Random
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.core_values import node_id
+from tests.support.examples import examples
 
 from mesh_llm.core.split.election import Elected, TooSmall, elect
 from mesh_llm.core.split.eligibility import GroupMember
@@ -44,7 +45,7 @@ def _some(ids: list[NodeId], node: NodeId) -> st.SearchStrategy[set[NodeId]]:
 
 
 @given(candidates(), st.integers(1, 20), st.integers(0, 2**16))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_the_result_depends_on_the_announced_states_only(known: list[GroupMember], need: int, seed: int) -> None:
     def fits(memories: Sequence[int]) -> bool:
         return sum(memories) >= need
@@ -77,7 +78,7 @@ def test_the_result_depends_on_the_announced_states_only(known: list[GroupMember
 
 
 @given(candidates(), st.integers(1, 20))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_an_elected_host_keeps_its_place(known: list[GroupMember], need: int) -> None:
     def fits(memories: Sequence[int]) -> bool:
         return sum(memories) >= need
@@ -101,7 +102,7 @@ def test_an_elected_host_keeps_its_place(known: list[GroupMember], need: int) ->
     st.integers(1, 200),
     st.lists(st.tuples(st.floats(0.0, 100.0), st.integers(0, 200)), min_size=1, max_size=8),
 )
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_layers_are_all_assigned_and_within_the_limits(layers: int, nodes: list[tuple[float, int]]) -> None:
     weights, most = [weight for weight, _ in nodes], [limit for _, limit in nodes]
     given_ = divide_layers(layers, weights, most)

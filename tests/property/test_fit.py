@@ -1,5 +1,6 @@
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.examples import examples
 
 from mesh_llm.core.placement.fit import DoesNotFit, launch_memory, plan_solo
 from mesh_llm.core.types.ids import ModelName
@@ -35,7 +36,7 @@ memory = st.integers(0, 600 * 10**9)
 
 
 @given(models(), memory, options, st.one_of(st.none(), models()))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_never_over_budget_and_explicit_values_kept(
     model: ModelFacts, free: int, asked: LaunchOptions, draft: ModelFacts | None
 ) -> None:
@@ -63,7 +64,7 @@ extra = st.integers(0, 100 * 10**9)
 
 
 @given(models(), extra, extra, options)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_more_memory_never_gives_fewer_slots_or_less_context(
     model: ModelFacts, above: int, more: int, asked: LaunchOptions
 ) -> None:
@@ -79,7 +80,7 @@ def test_more_memory_never_gives_fewer_slots_or_less_context(
 
 
 @given(models(), memory, options)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_refused_plan_fits_with_exactly_the_memory_it_needs(
     model: ModelFacts, free: int, asked: LaunchOptions
 ) -> None:
@@ -91,7 +92,7 @@ def test_a_refused_plan_fits_with_exactly_the_memory_it_needs(
 
 
 @given(models(), memory, st.sampled_from(CACHE_TYPES))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_the_next_step_of_context_would_not_fit(model: ModelFacts, free: int, cache_type: str) -> None:
     found = plan_solo(model, free, LaunchOptions(cache_type=cache_type))
     if isinstance(found, LaunchPlan) and found.context < min(32_768, model.context_train):

@@ -1,9 +1,10 @@
 """Layouts of split models: whole, within the memory of each node, and nobody is left out without a reason."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.property.test_fit import models
 from tests.support.core_values import node_id
+from tests.support.examples import examples
 
 from mesh_llm.core.placement.fit import DoesNotFit
 from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, left_out, one_layer, plan_split
@@ -19,7 +20,7 @@ shares = st.one_of(st.just(()), st.lists(st.integers(0, 100).map(float), min_siz
 
 
 @given(models(), groups, options, st.booleans(), shares, st.one_of(st.none(), models()))
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_layouts_are_whole_within_the_memory_and_explain_who_is_left_out(
     model: ModelFacts,
     memories: list[int],
@@ -62,7 +63,7 @@ def test_layouts_are_whole_within_the_memory_and_explain_who_is_left_out(
 
 
 @given(models(), groups)
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_who_can_hold_a_layer_gets_one_while_there_are_enough(model: ModelFacts, memories: list[int]) -> None:
     request = SplitRequest(facts=model, asked=True)
     offers = [MemoryOffer(node=node_id(number), memory_bytes=size) for number, size in enumerate(memories, start=1)]

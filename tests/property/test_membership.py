@@ -1,7 +1,8 @@
 """Random events in random order: no exception, bounded messages, and no member without a proof of life."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.examples import examples
 from tests.support.mesh import LIFE, ME, Bench, digest, signed, verdict
 
 from mesh_llm.core.config import MembershipConfig
@@ -68,7 +69,7 @@ _events: st.SearchStrategy[AnyEvent] = st.one_of(
 _steps = st.lists(st.tuples(_events, st.sampled_from([0.0, 0.01, 0.3, 2.0, 20.0])), max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(_steps, st.booleans())
 def test_any_history(steps: list[tuple[AnyEvent, float]], publish: bool) -> None:
     bench = Bench(MembershipConfig(tombstone=30.0), publish=publish)
@@ -90,7 +91,7 @@ def test_any_history(steps: list[tuple[AnyEvent, float]], publish: bool) -> None
         assert ME in bench.membership.view.ring
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(_steps)
 def test_only_the_living_are_trusted_in_the_end(steps: list[tuple[AnyEvent, float]]) -> None:
     bench = Bench(MembershipConfig(tombstone=30.0))

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from random import Random
 
 import msgspec
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.support.core_values import GB, config, facts, member, node_id, serving
+from tests.support.examples import examples
 
 from mesh_llm.core import node as node_module
 from mesh_llm.core.config import OnDemandPolicy
@@ -244,7 +244,7 @@ class NodeMachine(RuleBasedStateMachine):
             assert ENCODE(again.handle(event, now)) == effects, problem
 
 
-NodeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+NodeMachine.TestCase.settings = examples(60, stateful_step_count=40)
 TestNode = NodeMachine.TestCase
 
 

@@ -1,6 +1,7 @@
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.examples import examples
 
 from mesh_llm.core.placement.fit import DoesNotFit
 from mesh_llm.core.placement.offload import Pools, offload_memory, plan_launch
@@ -66,7 +67,7 @@ cards = st.integers(1, 3)
 
 
 @given(models(), memory, memory, cards, options)
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_neither_memory_is_ever_exceeded(
     model: ModelFacts, device: int, host: int, count: int, asked: LaunchOptions
 ) -> None:
@@ -99,7 +100,7 @@ def rank(found: LaunchPlan | DoesNotFit, layers: int) -> tuple[int, int]:
 
 
 @given(models(), memory, memory, memory, memory, st.integers(1, 32_768))
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_more_memory_never_gives_fewer_layers(
     model: ModelFacts, device: int, host: int, more_device: int, more_host: int, context: int
 ) -> None:
@@ -110,7 +111,7 @@ def test_more_memory_never_gives_fewer_layers(
 
 
 @given(models(), memory, memory, options)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_main_memory_only_ever_helps(model: ModelFacts, device: int, host: int, asked: LaunchOptions) -> None:
     asked = msgspec.structs.replace(asked, gpu_layers=None, cpu_moe=None)
     without = plan_launch(model, Pools(device=device), asked)

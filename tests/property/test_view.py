@@ -2,8 +2,9 @@
 
 from random import Random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.examples import examples
 from tests.support.mesh import signed
 
 from mesh_llm.core.membership.state import Grade, Record, View, join
@@ -43,7 +44,7 @@ def test_idempotent(one: Record, other: Record) -> None:
     assert join(joined, one) == join(joined, other) == joined
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(_any, max_size=8), st.integers(), st.integers(0, 8))
 def test_views_with_the_same_input_are_equal(heard: list[Record], seed: int, again: int) -> None:
     one, other = View(100), View(100)
@@ -58,7 +59,7 @@ def test_views_with_the_same_input_are_equal(heard: list[Record], seed: int, aga
     assert one.fingerprint == other.fingerprint
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(_any, max_size=8))
 def test_index_and_facts_agree(heard: list[Record]) -> None:
     view = View(100)

@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack, ExitStack
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.api_harness import (
     THERE,
@@ -17,6 +17,7 @@ from tests.support.api_harness import (
     running_api,
     snapshot,
 )
+from tests.support.examples import examples
 from tests.support.fake_upstream import Call, fake_upstream
 from tests.support.virtual_time import run_virtual
 
@@ -280,7 +281,7 @@ BURSTS = st.tuples(
 
 
 @given(BURSTS)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_in_a_burst_all_that_can_begin_in_time_wait_and_every_retry_after_comes_true(
     burst: tuple[int, float, int, float, int],
 ):

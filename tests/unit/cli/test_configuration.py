@@ -9,6 +9,7 @@ import click
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.examples import examples
 
 from mesh_llm.cli.configuration import (
     OPTIONS,
@@ -199,7 +200,7 @@ _LINES = st.tuples(
 ).map(" = ".join)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@examples(200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=60), st.lists(_LINES, max_size=4).map(lambda lines: "\n".join(lines).encode())))
 def test_any_bytes_give_settings_or_an_error_that_says_where(data: bytes) -> None:
     user_path().write_bytes(data)

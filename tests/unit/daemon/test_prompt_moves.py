@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from tests.support.bulk_pipe import BulkPipe
+from tests.support.examples import examples
 
 from mesh_llm.core.performance.prediction import Link
 from mesh_llm.core.performance.prompt_cache import Mark
@@ -295,7 +296,7 @@ async def test_what_ends_too_early_is_not_used(pair: Pair) -> None:
 
 
 @given(st.one_of(st.binary(max_size=200), st.binary(max_size=40).map(lambda text: encode(CacheRefused(text.hex())))))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_answer_of_a_holder_does_no_harm(pair: Pair, answer: bytes) -> None:
     async def serve(stream: Stream, _peer: Any, _parameters: bytes) -> None:
         await stream.read_frame(MAX_CACHE_QUESTION)
@@ -307,7 +308,7 @@ async def test_any_answer_of_a_holder_does_no_harm(pair: Pair, answer: bytes) ->
 
 
 @given(st.binary(max_size=200), st.binary(max_size=300))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_any_question_is_refused_or_broken_off(pair: Pair, parameters: bytes, question: bytes) -> None:
     stream = await pair.net.open(HOLDER, StreamType.PROMPT_CACHE, parameters, Scope.SERVE)
     await stream.write_frame(question)

@@ -2,9 +2,10 @@
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.core_values import GB, facts, member, node_id
+from tests.support.examples import examples
 from tests.support.split_mesh import BIG, BIG_FACTS, Machine, SplitMesh
 
 from mesh_llm.core.config import YieldPolicy
@@ -248,7 +249,7 @@ def test_a_node_of_an_older_version_is_not_accused() -> None:
     assert SplitOffer().obstacle == ""
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.lists(
         st.tuples(

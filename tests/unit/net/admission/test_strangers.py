@@ -4,8 +4,9 @@ import os
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.examples import examples
 from tests.unit.net.members import Member, read
 
 from mesh_llm.net.admission import invites as book_module
@@ -143,7 +144,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_in_any_mesh_the_strangers_are_those_below_a_listing(steps: list[tuple[int, int, bool]]) -> None:
     with pytest.MonkeyPatch.context() as patched:
         # A shorter mark is found sooner.

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.examples import examples
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.transfer.fetch import Job, NoRangesError, TransientError, fetch
@@ -188,7 +189,7 @@ def test_blocks_are_remembered(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=100), st.integers(0, 3 * BLOCK_BYTES))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_journal_of_any_content_claims_no_block_that_is_not_there(
     tmp_path_factory: pytest.TempPathFactory, garbage: bytes, there: int
 ) -> None:
