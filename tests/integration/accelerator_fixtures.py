@@ -55,6 +55,8 @@ def llvmpipe(monkeypatch: pytest.MonkeyPatch) -> Path:
     if not VULKAN_PLUGIN.exists():
         pytest.skip("the Vulkan plugin for tests is not built: make setup-dev")
     monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0")
+    # It compiles hundreds of programs and computes little with each: what optimising them takes is never won back.
+    monkeypatch.setenv("GALLIVM_PERF", "nopt")
     return VULKAN_PLUGIN
 
 

@@ -40,7 +40,7 @@ _SECCOMP_FILTER = "Seccomp:\t2"
 _KEPT_VARIABLES = (
     "PATH", "HOME", "LANG", "LC_", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_", "PYTHONHOME", "PYTHONPATH",
     "OMP_", "GOMP_", "KMP_", "OPENBLAS_", "MKL_", "CUDA_", "NVIDIA_", "HIP_", "HSA_", "ROCR_", "ROCM_", "GPU_", "AMD_",
-    "VK_", "GGML_VK_", "GGML_CUDA_", "MESA_", "ONEAPI_", "SYCL_", "ZE_", "MUSA_",
+    "VK_", "GGML_VK_", "GGML_CUDA_", "MESA_", "GALLIVM_", "LP_", "ONEAPI_", "SYCL_", "ZE_", "MUSA_",
 )  # fmt: skip
 """Beginnings of the variables that an RPC server inherits: paths, and settings of drivers and thread pools."""
 
