@@ -1,14 +1,11 @@
-"""The daemon's life. `Daemon.live` tells it from the start to the end; every capability has a file of its own."""
+"""The daemon's life. `Daemon.live` tells it from the start to the end; `composition.py` makes what it consists of."""
 
 import asyncio
 import os
-import random
-import secrets
 import signal
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 
 import msgspec
@@ -22,7 +19,6 @@ from mesh_llm.console.app import ConsoleServer
 from mesh_llm.console.auth import Sessions
 from mesh_llm.console.calls import Capabilities
 from mesh_llm.console.schema import StatusPromptCaches
-from mesh_llm.core.config import NodeConfig, OnDemandPolicy, Timings
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.types.announcement import Member, Standing
@@ -39,30 +35,21 @@ from mesh_llm.core.types.events import (
     StopRequested,
     TargetFailed,
 )
-from mesh_llm.core.types.ids import Incarnation, NodeId
-from mesh_llm.core.types.model import ModelKind, Role
-from mesh_llm.daemon.accelerators import Devices, GpuPlan, decide
+from mesh_llm.core.types.ids import NodeId
+from mesh_llm.daemon.accelerators import decide
+from mesh_llm.daemon.composition import Core, Surroundings, make_core
 from mesh_llm.daemon.configuration import ConfigurationControl, with_live_settings
 from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, console_keys, make_console, named_decisions
 from mesh_llm.daemon.downloads import Downloads
-from mesh_llm.daemon.driver import Driver, effect_handlers
-from mesh_llm.daemon.engine_setup import EngineSetup
-from mesh_llm.daemon.engines import Engines
-from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.lan import Approvals, LanPresence, join_by_lan
-from mesh_llm.daemon.listing import ListingPublisher, ListingSwitch
-from mesh_llm.daemon.load_asks import LoadAsks
+from mesh_llm.daemon.listing import ListingSwitch
 from mesh_llm.daemon.log import DaemonLog, Signals, explain_disk_errors
 from mesh_llm.daemon.mesh import join, lost_port_notice, make_net
 from mesh_llm.daemon.mesh_discovery import MeshChoice, MeshMigration, discover_mesh
-from mesh_llm.daemon.model_fetcher import ModelFetcher
-from mesh_llm.daemon.model_registry import Machine, choose_models, probe_machine, register_fetched, watch_library
-from mesh_llm.daemon.model_sharing import MeshDownloads, ModelSharing
+from mesh_llm.daemon.model_registry import probe_machine, register_fetched, watch_library
 from mesh_llm.daemon.ollama import ClientsModels, DescribedModels
 from mesh_llm.daemon.owner import watch_owner
-from mesh_llm.daemon.performance import PerformanceServices
-from mesh_llm.daemon.prompt_cache import DIRECTORY, SlotCaches, caches_status
-from mesh_llm.daemon.prompt_moves import PromptMoves
+from mesh_llm.daemon.prompt_cache import SlotCaches, caches_status
 from mesh_llm.daemon.published_state import (
     InviteShown,
     NoticeShown,
@@ -73,18 +60,11 @@ from mesh_llm.daemon.published_state import (
 )
 from mesh_llm.daemon.service_report import ServiceReport
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.daemon.split_host import SplitHostService, tunnel_sockets
-from mesh_llm.daemon.split_worker import SplitDisplay, WeightDigests, WorkerService, WorkerWeights
 from mesh_llm.daemon.startup_models import Ask, StartupDownload, nobody, provide_models
 from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources, split_status
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.discovery.nostr.consent import PublicationConsent
-from mesh_llm.engine.prompt_cache.store import PromptCacheStore
 from mesh_llm.engine.supervisor import Supervisor
-from mesh_llm.models.hub.catalog import catalog
-from mesh_llm.models.p2p.digests import ChunkDigestStore
-from mesh_llm.models.p2p.seeder import RateLimit
-from mesh_llm.models.tensor_cache.store import TensorCache, tensor_cache_directory
 from mesh_llm.net.admission.credentials import MeshStores, node_key, wants_ephemeral
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
@@ -153,23 +133,6 @@ async def run(
     return 0
 
 
-@dataclass(frozen=True)
-class _Core:
-    """The core, and the capabilities that carry out its effects or inform it."""
-
-    node: Node
-    driver: Driver
-    net: MeshNet
-    machine: Machine
-    published: PublishedState
-    engines: Engines
-    split_host: SplitHostService
-    performance: PerformanceServices
-    fetcher: ModelFetcher
-    publisher: ListingPublisher
-    setup: EngineSetup
-
-
 class Daemon:
     """One life of a node: in one mesh, until it is stopped or moves."""
 
@@ -204,7 +167,7 @@ class Daemon:
         self._task = asyncio.current_task()
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
-        self._core: _Core | None = None
+        self._core: Core | None = None
         self._scope_reported: Scope | None = None
         self._shown_scope = ""
         self._running = False
@@ -250,7 +213,7 @@ class Daemon:
         )
 
         # The core, and the capabilities around it.
-        core = self._core = self._make_core(net, machine, published, api, gpu, stack)
+        core = self._core = make_core(self._surroundings(net, published), machine, api, gpu, stack)
         api.use_engines(core.engines, core.engines.caches, core.engines.guessing)
         api.use_mesh(net.open_http)
         api.use_models(DescribedModels(core.node, machine.registry, self._post))
@@ -365,7 +328,7 @@ class Daemon:
         api.use_names(settings.default_model, Aliases(settings.aliases))
         return api
 
-    def _follow_configuration(self, core: _Core, api: ApiServer, log: DaemonLog, stack: AsyncExitStack) -> None:
+    def _follow_configuration(self, core: Core, api: ApiServer, log: DaemonLog, stack: AsyncExitStack) -> None:
         """Take new settings from now on, as far as they can change while the node runs."""
         api.use_settings(core.node.settings_of)
         control = self._configuration
@@ -406,88 +369,24 @@ class Daemon:
             port = settings.ollama_port if option == "--ollama-port" else settings.api_port
             raise explain_taken(error, self._home, settings.listen, port or 0, option) from error
 
-    def _make_core(
-        self,
-        net: MeshNet,
-        machine: Machine,
-        published: PublishedState,
-        api: ApiServer,
-        gpu: GpuPlan,
-        stack: AsyncExitStack,
-    ) -> _Core:
-        """Make the core, and connect each kind of effect to the capability that carries it out."""
-        settings, home, post = self._settings, self._home, self._post
-        config = node_config(settings, net, machine, self._clock())
-        seed = secrets.randbits(63)
-        node = Node(config, random.Random(seed))  # noqa: S311 - the core's choices are no secrets, and are replayed
-        journal = Journal(settings.journal, config, seed) if settings.journal is not None else None
-        if journal is not None:
-            stack.callback(journal.close)
-
-        limit = RateLimit(settings.seed_limit)
-        display = SplitDisplay(self._name_of, published.split_progress)
-        digests = WeightDigests(home.cache / "digests")
-        stack.push_async_callback(digests.close)
-        cache = TensorCache(tensor_cache_directory(home.own_cache)) if settings.fetch else None
-        weights = WorkerWeights(digests, cache, display.show)
-        worker = WorkerService(net, machine, self._supervisor, weights, display, post)
-        stack.push_async_callback(worker.close)
-        sockets = partial(tunnel_sockets, self._supervisor, home.cache)
-        split_host = SplitHostService(net, digests, post, display, limit.take, sockets)
-        stack.push_async_callback(split_host.stop)
-        engines = Engines(machine, self._supervisor, self._traffic, post, split_host, published.notices.add)
-        stack.push_async_callback(engines.close)
-
-        seeds = settings.seed and machine.source is not None
-        chunks = ChunkDigestStore(home.cache / "chunks")
-        if self._saves_slots:
-            store = PromptCacheStore(home.own_cache / DIRECTORY, self._secret, settings.prompt_cache_bytes)
-            engines.caches = SlotCaches(store, chunks, self._clock)
-            stack.push_async_callback(engines.caches.close)
-        sharing = ModelSharing(net, machine.registry, chunks, self._members, self._name_of, limit if seeds else None)
-        stack.push_async_callback(sharing.close)
-        mesh_downloads = MeshDownloads(settings, machine, sharing, post, self._on_progress)
-        stack.push_async_callback(mesh_downloads.close)
-        publisher = ListingPublisher(net, home, settings.discovery, post)
-        performance = PerformanceServices(net, node, machine, home, post, published.changes.notify)
-        stack.push_async_callback(performance.close)
-        if engines.caches is not None:
-            measure = performance.measure_link
-            moves = PromptMoves(net, engines.caches, measure, limit.take, self._standing, self._clock)
-            engines.caches.moves = moves
-            api.watch_moves(lambda: (moves.count.taken, moves.count.given))
-            stack.push_async_callback(moves.close)
-
-        devices = Devices(settings, machine, post, performance.devices_changed)
-
-        asks = LoadAsks(api.ask_to_load, post, client=settings.client)
-        stack.push_async_callback(asks.close)
-
-        handlers = effect_handlers(
-            engines,
-            net,
-            published,
-            asks=asks,
-            lend=worker.lend,
-            fetch=mesh_downloads.start,
-            publish=publisher.carry_out,
-            client=settings.client,
-        )
-        return _Core(
-            node=node,
-            driver=Driver(node, handlers, self._clock, journal),
+    def _surroundings(self, net: MeshNet, published: PublishedState) -> Surroundings:
+        return Surroundings(
+            settings=self._settings,
+            home=self._home,
             net=net,
-            machine=machine,
             published=published,
-            engines=engines,
-            split_host=split_host,
-            performance=performance,
-            fetcher=ModelFetcher(machine, sharing),
-            publisher=publisher,
-            setup=EngineSetup(machine, home, post, published, devices, gpu),
+            supervisor=self._supervisor,
+            traffic=self._traffic,
+            clock=self._clock,
+            on_progress=self._on_progress,
+            post=self._post,
+            members=self._members,
+            standing=self._standing,
+            name_of=self._name_of,
+            prompt_cache_key=self._secret if self._saves_slots else None,
         )
 
-    async def _start_core(self, core: _Core, scope: TaskScope) -> asyncio.Task[object]:
+    async def _start_core(self, core: Core, scope: TaskScope) -> asyncio.Task[object]:
         """Send the core its first event, and start everything that informs it. Returns the driver's task."""
         settings, machine, net = self._settings, core.machine, core.net
         await watch_owner(settings.yields, self._post, self._on_progress, scope)
@@ -515,7 +414,7 @@ class Daemon:
         return driving
 
     def _capabilities(
-        self, core: _Core, api: ApiServer, listing: ListingSwitch, status: StatusBuilder, stack: AsyncExitStack
+        self, core: Core, api: ApiServer, listing: ListingSwitch, status: StatusBuilder, stack: AsyncExitStack
     ) -> tuple[DaemonManagement, Capabilities]:
         """What the console may ask for. A client has no models of its own, and no listing."""
         machine = core.machine
@@ -548,7 +447,7 @@ class Daemon:
     def _prompt_caches(self, caches: SlotCaches | None) -> StatusPromptCaches | None:
         return None if caches is None else caches_status(caches, caches.usage, self._settings.prompt_cache_bytes)
 
-    def _make_status(self, core: _Core, api: ApiServer, listing: ListingSwitch, info: DaemonInfo) -> StatusBuilder:
+    def _make_status(self, core: Core, api: ApiServer, listing: ListingSwitch, info: DaemonInfo) -> StatusBuilder:
         net, performance, tokens = core.net, core.performance, self._traffic.tokens
         sources = StatusSources(
             invite=net.invite_book.standing,
@@ -670,42 +569,6 @@ class Daemon:
                 self._core.published.notices.add(Notice(level=NoticeLevel.INFO, code="scope_changed", text=text))
             self._scope_reported = scope
             self._core.driver.post(SplitScope(granted=scope >= Scope.SPLIT, scope=scope.word))
-
-
-def node_config(settings: Settings, net: MeshNet, machine: Machine, now: float) -> NodeConfig:
-    """The core's configuration. `now`: the daemon's clock, which `epoch` relates to the time of day."""
-    models = choose_models(settings, machine, joins=net.joins)
-    clock = time.time()
-    return NodeConfig(
-        node=net.node_id,
-        mesh=net.mesh_id,
-        name=settings.node_name,
-        role=Role.CLIENT if settings.client else Role.SERVE,
-        version=__version__,
-        incarnation=Incarnation(int(clock * 1000)),
-        wanted=models.wanted,
-        joins=net.joins,
-        brings=bool(settings.later),
-        options=models.options,
-        models=settings.model_settings,
-        split=settings.split,
-        yields=settings.yields,
-        publicity=settings.discovery.publicity,
-        marks_listings=net.invite_book.all_marked,
-        timings=Timings(listing_refresh=settings.discovery.period),
-        epoch=clock - now,
-        can_fetch=settings.fetch and machine.source is not None,
-        shares=settings.seed and machine.source is not None,
-        on_demand=on_demand_policy(settings),
-    )
-
-
-def on_demand_policy(settings: Settings) -> OnDemandPolicy:
-    """The rules of models on demand; with `--fetch-on-demand` with the catalogue's models."""
-    if not settings.fetch_on_demand:
-        return settings.on_demand
-    known = tuple(facts for entry in catalog() if (facts := entry.facts()).kind is not ModelKind.DRAFT)
-    return msgspec.structs.replace(settings.on_demand, hub=True, catalogue=known)
 
 
 def api_base(listen: str, port: int) -> str:
