@@ -7,7 +7,7 @@ import errno
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +171,7 @@ def _installed(found: Found) -> Installed | None:
 
 
 @contextmanager
-def failures_recorded(library: Library, directory: Path) -> Iterator[None]:
+def failures_recorded(library: Library, directory: Path) -> Generator[None]:
     """Notes in the directory's manifest why the block failed, and raises it as MeshError."""
     try:
         yield
