@@ -2,7 +2,6 @@
 
 import ast
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -20,17 +19,16 @@ def essential() -> dict[str, list[str]]:
 
 
 @cache
-def trees() -> dict[str, ast.Module]:
-    """The package's files, parsed once."""
-    return {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
-
-
-def calls(method: str) -> Iterator[tuple[str, ast.Module, ast.Call]]:
+def calls(method: str) -> tuple[tuple[str, ast.Module, ast.Call], ...]:
     """Each call of `SCOPE.method(...)` in the package, with its file."""
-    for file, tree in trees().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method:
-                yield file, tree, node
+    sources = ((path.relative_to(SOURCE).as_posix(), path.read_text()) for path in sorted(SOURCE.rglob("*.py")))
+    trees = [(file, ast.parse(source)) for file, source in sources if f".{method}(" in source]
+    return tuple(
+        (file, tree, node)
+        for file, tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method
+    )
 
 
 def test_every_service_is_listed_with_its_file_and_every_listed_task_is_started_there() -> None:
