@@ -114,7 +114,7 @@ async def test_without_a_compiler_it_says_what_is_missing_and_takes_up_what_is_b
     env = {**options.environment(), "CXX": os.environ.get("CXX", "c++")}
     argv = [str(bare), "-m", "mesh_llm", "engine", "install"]
     async with await Process.start(argv, env=env) as command:
-        assert await command.ended(90.0) == 0, command.text
+        assert await command.ended(240.0) == 0, command.text
     await until(node, part_is("ready"), "the plugin", 30.0)
     status = await node.status()
     assert status["problems"] == []
