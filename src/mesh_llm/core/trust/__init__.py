@@ -1,0 +1,1 @@
+"""Who saw a prompt, and what of that is proved."""
