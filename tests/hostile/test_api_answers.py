@@ -12,13 +12,13 @@ import pytest
 from tests.support.api_harness import local, route, running_api
 from tests.support.fake_upstream import Call, fake_upstream
 
-from mesh_llm.api.accounting import Transcript
 from mesh_llm.api.auth import Auth
 from mesh_llm.api.dialects.messages_over_chat import MessageEvents, message
 from mesh_llm.api.dialects.ollama import replies
 from mesh_llm.api.dialects.ollama.requests import ChatBody, chat_request, decode
 from mesh_llm.api.dialects.stored_responses import StoredResponses, StoreLimits
 from mesh_llm.api.request import Request
+from mesh_llm.api.transcript import Transcript
 from mesh_llm.api.types import ApiConfig, Usage
 from mesh_llm.core.types.errors import MeshError
 

@@ -66,6 +66,8 @@ class FakeUpstream:
     """The server. `calls` are the requests so far; `script` answers the next ones."""
 
     script: Script = echo
+    answers_nodes: bool = False
+    """It is asked also what nodes ask each other."""
     calls: list[Call] = field(default_factory=list[Call])
     connections: int = 0
     open: int = 0
@@ -86,7 +88,7 @@ class FakeUpstream:
         writer.transport.set_write_buffer_limits(0)
         try:
             while (call := await _read_call(reader, writer)) is not None:
-                if call.target.startswith(_OF_NODES):
+                if call.target.startswith(_OF_NODES) and not self.answers_nodes:
                     await call.respond(b"", status=404)
                     continue
                 self.calls.append(call)
@@ -115,9 +117,9 @@ async def _read_call(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 
 
 @asynccontextmanager
-async def fake_upstream(script: Script = echo) -> AsyncGenerator[FakeUpstream]:
+async def fake_upstream(script: Script = echo, *, answers_nodes: bool = False) -> AsyncGenerator[FakeUpstream]:
     """A running fake on a loopback port of its own."""
-    fake = FakeUpstream(script)
+    fake = FakeUpstream(script, answers_nodes)
     tasks: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -41,6 +41,7 @@ from mesh_llm.api.errors import (
 from mesh_llm.api.limits import ConcurrencyLimit
 from mesh_llm.api.loading import LOAD_PATH, KeptAliveReply, LoadWaits, streams
 from mesh_llm.api.proxy import Proxy
+from mesh_llm.api.receipts import PART_PATH, Receipts
 from mesh_llm.api.request import (
     ASKED_HEADER,
     MODEL_HEADER,
@@ -60,7 +61,7 @@ from mesh_llm.core.routing.aliases import NO_ALIASES, Aliases
 from mesh_llm.core.routing.model_names import NotFound, resolve
 from mesh_llm.core.routing.ranking import ModelRoute
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelKind, ModelStatus
 from mesh_llm.core.types.ports import Routes
 from mesh_llm.wire.http.http1 import Headers, Http1Error
@@ -103,6 +104,7 @@ class Handler:
         accounting: RequestAccounting,
         proxy: Proxy,
         crashes: CrashGuard,
+        receipts: Receipts,
         clock: Callable[[], float],
     ) -> None:
         self._comment_seconds = config.keep_alive_event_seconds
@@ -113,6 +115,7 @@ class Handler:
         self._accounting = accounting
         self._proxy = proxy
         self._crashes = crashes
+        self._receipts = receipts
         self._clock = clock
         self._auth = Auth(config)
         self._loads = LoadWaits(config, routes, accounting.traffic, clock)
@@ -153,7 +156,7 @@ class Handler:
             checked = request.peer is not None or request.trusted
             cors = named if checked else (*named, *self._auth.cors(request))
             try:
-                await self._dispatch(request, reply, cors)
+                await self._recorded(request, reply, cors)
             except MeshError as error:
                 await self._refuse(error, request, reply, cors)
         except ConnectionError:
@@ -161,6 +164,21 @@ class Handler:
         except Exception:  # noqa: BLE001 - the request boundary: a fault must not end a request unanswered
             _log.exception("request failed", path=request.path, id=request.id)
             await self._refuse(internal_error(), request, reply, named)
+
+    async def _recorded(self, request: Request, reply: Reply, cors: Headers) -> None:
+        """Answer a request, and make its receipt if it gets one. Raises MeshError."""
+        if not self._receipts.record(request) or request.recording is None:
+            await self._dispatch(request, reply, cors)
+            return
+        recorded = self._receipts.reply(request.recording, reply)
+        try:
+            try:
+                await self._dispatch(request, recorded, cors)
+            except MeshError as error:
+                await self._refuse(error, request, recorded, cors)
+        finally:
+            # Of an answer that was not sent to its end: who saw the prompt, all the same.
+            await self._receipts.end(request.recording, whole=False)
 
     async def _refuse(self, error: MeshError, request: Request, reply: Reply, cors: Headers) -> None:
         self._accounting.metrics.refused.labels(error.code).inc()
@@ -180,6 +198,8 @@ class Handler:
                     await reply.end()
                     return
                 self._authenticate(request)
+            if request.recording is not None:
+                request.recording.owner = self._auth.owner(request)
             if self.ollama.takes(request.path):
                 await self.ollama.answer(request, reply, cors)
                 return
@@ -189,17 +209,28 @@ class Handler:
             if self.responses.takes(request.path):
                 await self.responses.answer(request, self._auth.owner(request), reply, cors)
                 return
+            if self._receipts.takes(request.path):
+                await self._receipts.answer(request, self._auth.owner(request), reply, cors)
+                return
             if is_builtin(request.path):
                 await self._builtin.answer(request, reply, cors)
                 return
-        elif request.path == END_PATH and request.method == "GET":
-            await _send_json(reply, msgspec.json.encode(await self._crashes.report(request.query)))
-            return
-        elif request.path == LOAD_PATH and request.method == "GET":
-            with CancelOnDisconnect(reply):
-                await _send_json(reply, msgspec.json.encode(await self._loads.load_for(request.peer, request.query)))
+        elif request.method == "GET" and await self._answered_peer(request, request.peer, reply):
             return
         await self._forward(request, reply, cors)
+
+    async def _answered_peer(self, request: Request, peer: NodeId, reply: Reply) -> bool:
+        """Answer another node's question to this node itself; False: its request is for an engine. Raises MeshError."""
+        if request.path == END_PATH:
+            await _send_json(reply, msgspec.json.encode(await self._crashes.report(request.query)))
+        elif request.path == PART_PATH:
+            await _send_json(reply, msgspec.json.encode(await self._receipts.part(peer, request.query)))
+        elif request.path == LOAD_PATH:
+            with CancelOnDisconnect(reply):
+                await _send_json(reply, msgspec.json.encode(await self._loads.load_for(peer, request.query)))
+        else:
+            return False
+        return True
 
     async def _forward(self, request: Request, reply: Reply, cors: Headers) -> None:
         """Answer a request to an engine; its client is authenticated. Raises MeshError."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from mesh_llm.api.accounting import Attempt, MemoryBudget, RequestAccounting, Transcript, WholeEvents
+from mesh_llm.api.accounting import Attempt, RequestAccounting
 from mesh_llm.api.crashes import ENGINE_DIED, ENGINE_STUCK, CrashGuard, engine_died
 from mesh_llm.api.errors import (
     ERROR_HEADER,
@@ -43,6 +43,7 @@ from mesh_llm.api.resume.resume import (
 )
 from mesh_llm.api.router import Prefix, PrefixAffinity, TargetSelector, prompt_prefixes
 from mesh_llm.api.telemetry import CLIENT_GONE
+from mesh_llm.api.transcript import MemoryBudget, Transcript, WholeEvents
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import NODE_HEADER, TargetLostError, Upstream, UpstreamRequest, UpstreamResponse, refusal
 from mesh_llm.core.performance.prompt_cache import Mark
@@ -202,11 +203,11 @@ class Proxy:
         job = plan.job
         request = job.request
         via = "peer" if request.peer else "client"
-        attempt = self._accounting.open(job.model, target, via, job.began, request.trace)
+        attempt = self._accounting.open(job.model, target, via, job.began, request.trace, request.recording)
         refused: MeshError | None = None
         try:
             async with self.queue.turn(target, job, plan.selector.deadline), self._prepared(plan, target):
-                response = await self._upstream.send(target, plan.request_for(target), job.model)
+                response = await self._upstream.send(target, plan.request_for(target), job.model, request.recording)
                 try:
                     refused = refusal(response)
                     if refused is not None:

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, quote
 
 import msgspec
 
+from mesh_llm.api.recording import Recording
 from mesh_llm.api.telemetry import RequestTrace
 from mesh_llm.api.types import MIB, ApiConfig
 from mesh_llm.api.validation import Fields
@@ -57,6 +58,7 @@ class Request:
         client: address and port of a client's end of its connection; None where that is not known.
         for_ollama: it came by the port for clients of Ollama.
         asked_path: the path that the client asked, where `path` is what a dialect made of it; else empty.
+        recording: for its receipt, if it gets one.
         summed: of a stream from the engine a dialect makes an answer in one piece: nothing may come before it.
     """
 
@@ -72,6 +74,7 @@ class Request:
     trusted: bool = False
     owner: str = ""
     trace: RequestTrace | None = None
+    recording: Recording | None = None
     id: str = ""
     client: tuple[str, int] | None = None
     for_ollama: bool = False
@@ -182,6 +185,8 @@ class BodyReader:
             # RFC 8259, section 8.1: a reader of JSON may ignore it. Some programs on Windows write it.
             body = body.removeprefix(BOM_UTF8)
             self.held -= len(BOM_UTF8)
+        if request.recording is not None:
+            request.recording.got(request.method, request.target, body)
         return body
 
     def release(self, body: bytes) -> None:

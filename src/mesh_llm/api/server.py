@@ -25,6 +25,7 @@ from mesh_llm.api.handler import Handler
 from mesh_llm.api.loading import LOAD_PATH, LoadAnswer
 from mesh_llm.api.protocol import BoundedProtocol
 from mesh_llm.api.proxy import Proxy
+from mesh_llm.api.receipts import Notary, Receipts
 from mesh_llm.api.request import ReadPiece, Request
 from mesh_llm.api.telemetry import TraceLog
 from mesh_llm.api.types import ApiConfig, KeyLimit, StatusRequests
@@ -80,7 +81,8 @@ class ApiServer:
         self._accounting = RequestAccounting(traffic, clock, config)
         crashes = CrashGuard(self._upstream, clock)
         proxy = Proxy(config, self._upstream, self._accounting, routes, crashes, clock)
-        self._handler = Handler(config, routes, self._accounting, proxy, crashes, clock)
+        self._receipts = Receipts(self._upstream, clock, always=config.receipts)
+        self._handler = Handler(config, routes, self._accounting, proxy, crashes, self._receipts, clock)
         self._peers = PeerServer(config, self._handler)
         self._state = ServerState()
         self._servers: list[asyncio.Server] = []
@@ -104,6 +106,10 @@ class ApiServer:
             self._upstream.caches = caches
         if guessing is not None:
             self._upstream.guessing = guessing
+
+    def use_notary(self, notary: Notary) -> None:
+        """Make receipts from now on, and sign parts of other nodes' receipts."""
+        self._receipts.notary = notary
 
     def watch_moves(self, moved: Callable[[], tuple[int, int]]) -> None:
         """Show in the metrics how many prompt caches came from other nodes, and how many went to them."""
@@ -232,6 +238,7 @@ class ApiServer:
             await asyncio.wait(list(self._state.tasks), timeout=_CLOSING_SECONDS)
         self._upstream.close()
         await self._handler.responses.close()
+        await self._receipts.close()
         await self._scope.close()
         await asyncio.to_thread(self._accounting.usage.save)
 

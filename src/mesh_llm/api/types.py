@@ -73,6 +73,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         resume_bytes: longest answer that is kept so that it can be resumed.
         resume_budget_bytes: memory for all answers that are kept, beyond the first 64 KiB of each.
         whole_bytes: longest answer without streaming that is held until it is whole, so that a loss can be hidden.
+        receipts: each answer gets a receipt (`--receipts`); else those whose request asks for one.
         idle_connections: idle keep-alive connections per local engine.
         idle_seconds: how long such a connection is kept; llama-server itself closes after 5 s.
     """
@@ -109,6 +110,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     resume_bytes: int = 8 * MIB
     resume_budget_bytes: int = 64 * MIB
     whole_bytes: int = 256 * 1024
+    receipts: bool = False
     idle_connections: int = 16
     idle_seconds: float = 3.0
 

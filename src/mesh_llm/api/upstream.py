@@ -5,11 +5,12 @@ Its watchdog distinguishes slow targets from dead ones.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mesh_llm.api.engine_stream import ConnectionPool, EngineStream, connect_engine
 from mesh_llm.api.errors import ERROR_HEADER
+from mesh_llm.api.recording import Recording, with_part
 from mesh_llm.api.system_prompt import with_system_prompt
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.performance.prompt_cache import Mark
@@ -198,6 +199,8 @@ class UpstreamResponse:
         self._body = body
         self._keep = keep
         self._closed = False
+        self.tap: Callable[[bytes], None] | None = None
+        """Gets each piece of the body that is read; set for an answer with a receipt."""
 
     @property
     def complete(self) -> bool:
@@ -228,6 +231,8 @@ class UpstreamResponse:
                 watched.waiting = False
             pieces = [event for event in events if isinstance(event, bytes)]
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if self.tap is not None:
+            self.tap(body)
         return body
 
     def close(self) -> None:
@@ -342,14 +347,35 @@ class Upstream:
         self._pool = ConnectionPool(config.idle_connections, config.idle_seconds, clock)
         self._waiting: dict[str, int] = {}
 
-    async def send(self, target: Target, request: UpstreamRequest, model: ModelName | None = None) -> UpstreamResponse:
+    async def send(
+        self,
+        target: Target,
+        request: UpstreamRequest,
+        model: ModelName | None = None,
+        recording: Recording | None = None,
+    ) -> UpstreamResponse:
         """Send a request, and wait for the head and the first piece of its answer.
 
-        `model`: the answer is awaited only while the mesh has not lost the target.
+        `model`: the answer is awaited only while the mesh has not lost the target. `recording`: of a request with a
+        prompt that gets a receipt.
 
         Raises:
             TargetLostError: no connection, or none that gave so much of an answer.
         """
+        if recording is None or model is None:
+            return await self._send(target, request, model)
+        step = recording.begin(target, model, request.method, request.target, request.body)
+        try:
+            response = await self._send(target, replace(request, headers=with_part(request.headers, step)), model)
+        except TargetLostError as error:
+            if not error.sent:
+                recording.unsent(step)
+            raise
+        step.status = response.head.status
+        response.tap = step.answer.take
+        return response
+
+    async def _send(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
         if target.local:
             return await self._send_local(target, request, model)
         try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mesh_llm.api.accounting import MemoryBudget, Transcript, WholeEvents
+from mesh_llm.api.transcript import MemoryBudget, Transcript, WholeEvents
 from mesh_llm.api.types import Usage
 
 CHAT = (

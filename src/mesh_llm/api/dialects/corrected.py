@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mesh_llm.api.accounting import WholeEvents
 from mesh_llm.api.json_values import Json
 from mesh_llm.api.request import Reply
+from mesh_llm.api.transcript import WholeEvents
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.types.errors import MeshError
 

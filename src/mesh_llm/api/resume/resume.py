@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import msgspec
 import structlog
 
-from mesh_llm.api.accounting import RequestAccounting, Transcript
+from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.crashes import CrashGuard
 from mesh_llm.api.errors import ContextExceededError, dialect_of, error_event, stream_broken, upstream_error
 from mesh_llm.api.limits import FairQueue
@@ -24,6 +24,7 @@ from mesh_llm.api.resume.responses import ResponsesState
 from mesh_llm.api.resume.state import CannotResume, ResumeState, forbidden_in_any_dialect
 from mesh_llm.api.router import TargetSelector
 from mesh_llm.api.telemetry import CLIENT_GONE
+from mesh_llm.api.transcript import Transcript
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import NODE_HEADER, TargetLostError, Upstream, UpstreamRequest, UpstreamResponse, refusal
 from mesh_llm.core.routing.ranking import Target
@@ -187,11 +188,12 @@ class StreamResumer:
             TargetLostError: it was lost as well.
         """
         headers = job.request.forwarded_headers(job.model)
-        attempt = self._accounting.open(job.model, target, "client", job.began, job.request.trace)
+        recording = job.request.recording
+        attempt = self._accounting.open(job.model, target, "client", job.began, job.request.trace, recording)
         try:
             tokens = await count_tokens(self._upstream, target, state, headers)
             asked = UpstreamRequest(job.request.method, job.request.target, headers, state.request(tokens))
-            response = await self._upstream.send(target, asked, job.model)
+            response = await self._upstream.send(target, asked, job.model, recording)
             try:
                 refused = refusal(response)
                 if refused is not None:

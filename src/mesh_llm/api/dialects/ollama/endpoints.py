@@ -108,6 +108,7 @@ class _Call:
             key=request.key,
             address=request.address,
             asked_path=request.path,
+            recording=request.recording if method == "POST" else None,
         )
 
 
