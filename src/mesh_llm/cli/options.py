@@ -266,6 +266,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "gpt-4o.  [default: unknown names are refused]"),
         _option("--no-store", is_flag=True,
                 help="Keep no answers to Responses; previous_response_id is refused."),
+        _option("--receipts", is_flag=True,
+                help="Make a signed receipt for each answer: which nodes saw the prompt, and which model answered. "
+                "Without it, only for requests with the header x-mesh-llm-receipt: on."),
         _option("--drain", type=Seconds(0, 3600), default=30.0, show_default=True, metavar="SECONDS",
                 help="How long answers under way may go on after SIGTERM, as a service manager sends it."),
         _option("--api-key", "api_keys", multiple=True, metavar="[NAME:]KEY|@FILE",

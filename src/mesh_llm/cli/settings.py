@@ -122,6 +122,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         yes=options["yes"],
         default_model=options["default_model"].strip(),
         store=not options["no_store"],
+        receipts=options["receipts"],
         drain=options["drain"],
         queue_wait=options["queue_wait"],
         resume_wait=options["resume_wait"],

@@ -58,6 +58,7 @@ from mesh_llm.daemon.published_state import (
     Stage,
     ignore_progress,
 )
+from mesh_llm.daemon.receipts import ReceiptFacts
 from mesh_llm.daemon.service_report import ServiceReport
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.startup_models import Ask, StartupDownload, nobody, provide_models
@@ -65,6 +66,7 @@ from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources, spl
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.discovery.nostr.consent import PublicationConsent
 from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.models.p2p.digests import ChunkDigestStore
 from mesh_llm.net.admission.credentials import MeshStores, node_key, wants_ephemeral
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
@@ -217,6 +219,7 @@ class Daemon:
         api.use_engines(core.engines, core.engines.caches, core.engines.guessing)
         api.use_mesh(net.open_http)
         api.use_models(DescribedModels(core.node, machine.registry, self._post))
+        self._make_receipts(core, api, stack)
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)
         info = DaemonInfo(
             mesh_name=settings.mesh_name,
@@ -323,10 +326,17 @@ class Daemon:
             queue_wait=settings.queue_wait,
             resume_wait=settings.resume_wait,
             load_wait=settings.load_wait,
+            receipts=settings.receipts,
         )
         api = ApiServer(config, published, self._traffic, self._clock)
         api.use_names(settings.default_model, Aliases(settings.aliases))
         return api
+
+    def _make_receipts(self, core: Core, api: ApiServer, stack: AsyncExitStack) -> None:
+        """Let the API make receipts, signed with this node's key."""
+        facts = ReceiptFacts(core.node, core.machine.registry, ChunkDigestStore(self._home.cache / "chunks"))
+        stack.push_async_callback(facts.close)
+        api.use_notary(facts.notary(core.net.credentials.key, self._name_of))
 
     def _follow_configuration(self, core: Core, api: ApiServer, log: DaemonLog, stack: AsyncExitStack) -> None:
         """Take new settings from now on, as far as they can change while the node runs."""

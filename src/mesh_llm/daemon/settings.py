@@ -118,6 +118,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         yes: fetch the default model, and install what the GPU needs, without asking (`--yes`).
         default_model: answers requests that name no model, or one that no node of the mesh knows (`--default-model`).
         store: keep answers to Responses, so that clients can come back to them (not with `--no-store`).
+        receipts: make a signed receipt for each answer (`--receipts`); else where a request asks for one.
         drain: seconds that answers under way may take when the node is told to end (`--drain`).
         queue_wait: seconds that a request may wait for its model, and then for a place there (`--queue-wait`).
         resume_wait: seconds that a lost answer waits for a node that can go on with it (`--resume-wait`).
@@ -171,6 +172,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     yes: bool = False
     default_model: str = ""
     store: bool = True
+    receipts: bool = False
     drain: float = 30.0
     queue_wait: float = 60.0
     resume_wait: float = 30.0
