@@ -29,7 +29,7 @@ function named(value: string | null): string {
 
 /** Ask, and tell the listener each piece as it comes. Aborting gives the figures so far; failures are thrown. */
 export async function ask(body: ChatBody, signal: AbortSignal, listener: Listener): Promise<Figures> {
-  const figures: Figures = { firstMs: null, tokensPerSecond: null, tokens: null, node: "", model: body.model, end: "finished" };
+  const figures: Figures = { firstMs: null, tokensPerSecond: null, tokens: null, node: "", model: body.model, end: "finished", receiptId: "", receipt: null };
   const began = performance.now();
   let first = 0;
   let last = 0;
@@ -56,7 +56,8 @@ export async function ask(body: ChatBody, signal: AbortSignal, listener: Listene
   };
 
   try {
-    const answer = await send("POST", PATH, signal, body);
+    const answer = await send("POST", PATH, signal, body, { "x-mesh-llm-receipt": "on" });
+    figures.receiptId = answer.headers.get("x-mesh-llm-receipt-id") ?? "";
     figures.node = named(answer.headers.get("x-mesh-llm-node"));
     figures.model = named(answer.headers.get("x-mesh-llm-model")) || body.model;
     let ended = false;

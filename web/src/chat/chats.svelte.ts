@@ -6,6 +6,7 @@ import { toasts } from "../lib/toasts.svelte";
 import { ask } from "./ask";
 import { newConversation, requestBody, titleOf, type Conversation, type Message } from "./conversation";
 import { all, forget, keep } from "./keep";
+import { receiptOf } from "./receipt";
 
 function message(role: Message["role"], text: string, images: string[] = []): Message {
   return { id: newId(), role, text, reasoning: "", images, figures: null, failure: null };
@@ -116,6 +117,15 @@ class Chats {
       this.busy = this.busy.filter((each) => each !== id);
     }
     await this.keep(conversation);
+    await this.#receive(conversation, answer);
+  }
+
+  /** Fetch the receipt of an answer that has ended, and keep it with the answer. */
+  async #receive(conversation: Conversation, answer: Message): Promise<void> {
+    const figures = answer.figures;
+    if (figures === null || (figures.receiptId ?? "") === "") return;
+    figures.receipt = await receiptOf(figures.receiptId ?? "").catch(() => null);
+    if (figures.receipt !== null) await this.keep(conversation);
   }
 }
 

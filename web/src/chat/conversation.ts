@@ -1,5 +1,7 @@
 // A conversation as it is kept in the browser.
 
+import type { Receipt } from "./receipt";
+
 export interface Figures {
   /** Milliseconds from asking to the first piece of an answer; null: none came. */
   firstMs: number | null;
@@ -9,6 +11,9 @@ export interface Figures {
   node: string;
   model: string;
   end: "finished" | "stopped" | "length" | "failed";
+  /** Of the answer's receipt; empty: it has none. Conversations of earlier versions have neither field. */
+  receiptId?: string;
+  receipt?: Receipt | null;
 }
 
 export interface Message {
