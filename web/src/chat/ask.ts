@@ -1,8 +1,9 @@
 // One question to the mesh: the answer as it is written, and its figures.
 
-import { ApiError, send } from "../lib/api";
+import { ApiError, read, send } from "../lib/api";
 import { eventsOf } from "../lib/sse";
 import type { ChatBody, Figures } from "./conversation";
+import { receiptFrom, type Receipt, type ReceiptAnswer } from "./receipt";
 
 const PATH = "./v1/chat/completions";
 
@@ -74,4 +75,15 @@ export async function ask(body: ChatBody, signal: AbortSignal, listener: Listene
   if (figures.tokens === null && pieces > 0) figures.tokens = pieces;
   if (figures.tokensPerSecond === null && pieces > 1 && last > first) figures.tokensPerSecond = ((pieces - 1) * 1000) / (last - first);
   return figures;
+}
+
+/** The receipt with this id; null where the node has none, as one of an earlier version. */
+export async function receiptOf(id: string): Promise<Receipt | null> {
+  if (!/^[0-9a-f]{32}$/.test(id)) return null;
+  try {
+    return receiptFrom(await read<ReceiptAnswer>(`./v1/receipts/${id}`));
+  } catch (failure) {
+    if (failure instanceof ApiError) return null;
+    throw failure;
+  }
 }

@@ -3,10 +3,9 @@
 import { said } from "../lib/api";
 import { newId } from "../lib/browser";
 import { toasts } from "../lib/toasts.svelte";
-import { ask } from "./ask";
+import { ask, receiptOf } from "./ask";
 import { newConversation, requestBody, titleOf, type Conversation, type Message } from "./conversation";
 import { all, forget, keep } from "./keep";
-import { receiptOf } from "./receipt";
 
 function message(role: Message["role"], text: string, images: string[] = []): Message {
   return { id: newId(), role, text, reasoning: "", images, figures: null, failure: null };

@@ -1,7 +1,5 @@
 // The receipt of an answer: which nodes saw the prompt, and whether what they signed belongs together.
 
-import { ApiError, read } from "../lib/api";
-
 export interface Receipt {
   id: string;
   holds: boolean;
@@ -14,7 +12,7 @@ export interface Receipt {
   text: string;
 }
 
-interface Answer {
+export interface ReceiptAnswer {
   id: string;
   holds: boolean;
   model: string;
@@ -32,22 +30,11 @@ const PARTS: Record<string, string> = {
   lost: "was lost in the middle",
 };
 
-export function receiptFrom(answer: Answer): Receipt {
+export function receiptFrom(answer: ReceiptAnswer): Receipt {
   const { id, holds, model, quantisation, receipt } = answer;
   const seen = answer.seen.map(({ node, part, signed }) => ({ node, part, signed }));
   const remarks = answer.findings.filter(({ mark }) => mark !== "holds").map(({ text }) => text);
   return { id, holds, model, quantisation, seen, remarks, text: receipt };
-}
-
-/** The receipt with this id; null where the node has none, as one of an earlier version. */
-export async function receiptOf(id: string): Promise<Receipt | null> {
-  if (!/^[0-9a-f]{32}$/.test(id)) return null;
-  try {
-    return receiptFrom(await read<Answer>(`./v1/receipts/${id}`));
-  } catch (failure) {
-    if (failure instanceof ApiError) return null;
-    throw failure;
-  }
 }
 
 /** One line: `verified · seen by desk, gpu-box`. */

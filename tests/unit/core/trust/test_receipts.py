@@ -36,7 +36,11 @@ def fails(text: str, **given_by_user: Any) -> list[str]:
 def test_an_honest_receipt_holds_and_says_who_saw_the_prompt() -> None:
     made = signed(step(workers=(WORKER,)))
     checked = read(receipt(made))
-    wanted = {"request": sha256(b"question").digest(), "answer": sha256(b"what came").digest(), "node": ASKER}
+    wanted: dict[str, Any] = {
+        "request": sha256(b"question").digest(),
+        "answer": sha256(b"what came").digest(),
+        "node": ASKER,
+    }
     assert holds(examine(checked, **wanted))
     assert [(one.node, one.part, one.signed) for one in who_saw(checked)] == [
         (ASKER, "asked", True),
