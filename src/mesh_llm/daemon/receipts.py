@@ -27,7 +27,7 @@ class ReceiptFacts:
     def __init__(self, node: Node, registry: ModelRegistry, digests: ChunkDigestStore) -> None:
         """`digests`: of model files; those that are known are not computed again."""
         self._node = node
-        self._registry = registry
+        self._models = registry
         self._digests = digests
         self._contents: dict[tuple[ModelName, int], bytes] = {}
         self._computing: set[tuple[ModelName, int]] = set()
@@ -53,7 +53,7 @@ class ReceiptFacts:
     def prepare(self, model: ModelName) -> None:
         """Begin to digest the file of a model that is launched here."""
         launch = next((one for one in self._node.launches if one.model == model), None)
-        found = self._registry.find(model)
+        found = self._models.find(model)
         if launch is None or found is None:
             return
         key = (model, launch.term)
