@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from bench.common import machine, table
-from bench.split.ways import Runs, load_text, opened, parser
+from bench.split.ways import WHOLE, Runs, load_text, opened, parser
 
 _COUNTED = ("requests", "round_trips", "graphs", "pushed", "relayed")
 _BYTES = ("bytes_sent", "bytes_received")
@@ -54,7 +54,7 @@ def main() -> int:
     """Run and print."""
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, default=2048, help="of the prompt")
-    options.set_defaults(machines=[2])
+    options.set_defaults(machines=[2], micro_batch=WHOLE)
     arguments = options.parse_args()
     arguments.model = arguments.model or "long"
     arguments.stand_in, print_load = False, load_text()

@@ -24,9 +24,9 @@ def measure(runs: Runs, way: str, machines: int, delay: float, seed: int) -> lis
     results: list[Measured] = []
     # Before the engine takes the cores; what is not known is 0.
     predicted = {tokens: runs.predicted(way, machines, tokens) or 0.0 for tokens in arguments.tokens}
-    with runs.engine(way, machines, max(arguments.tokens) + _ANSWER, 1):
+    with runs.engine(way, machines, max(*arguments.tokens, 1024) + _ANSWER + 16, 1):
         # What is learned of the traffic is learned before: a conversation's later prompts count.
-        host.say("prompt", tokens=arguments.micro_batch + 16, seed=seed + 100)
+        host.say("prompt", tokens=2 * runs.micro_batch(way, machines) + 16, seed=seed + 100)
         before = runs.lab.wire_bytes
         host.say("ask", tokens=_ANSWER)
         a_token = (runs.lab.wire_bytes - before) / _ANSWER

@@ -90,8 +90,7 @@ def _drive(ggml: Ggml, text: str, plugin: Path, addresses: tuple[str, ...]) -> N
     # Past the check of the addresses, which is what this program is for.
     object.__setattr__(spec, "rpc", addresses)
     registry = ggml.load_plugin(plugin)
-    for address in addresses:
-        ggml.add_rpc_server(registry, address)
+    ggml.add_rpc_servers(registry, addresses)
     server = wheel().Server(common_params(spec, ggml))
     print(f"\nlistening on {server.listening_address}", flush=True)
     while True:

@@ -27,6 +27,7 @@ from tests.netlab.lab import NetLab
 from tests.support.gguf_models import cached_model
 
 from mesh_llm.core.performance.prediction import Link, prompt_seconds, split_prompt_seconds
+from mesh_llm.core.split.layout import pipelined_tokens
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import ModelFacts, Speed, SplitLayout, SplitShare
 from mesh_llm.engine.speed import measure_speed
@@ -42,6 +43,10 @@ WAYS = {
 }
 
 
+WHOLE = 512
+"""Tokens that an engine computes at once, if nothing says otherwise."""
+
+
 def numbers(text: str) -> list[int]:
     """`1,2,3`."""
     return [int(word) for word in text.split(",")]
@@ -55,7 +60,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     found.add_argument("--megabits", type=float, default=0.0, help="rate of each link, Mbit/s; 0: no limit")
     found.add_argument("--ways", default=list(WAYS), type=lambda words: words.split(","))
     found.add_argument("--rounds", type=int, default=3)
-    found.add_argument("--micro-batch", type=int, default=512)
+    found.add_argument("--micro-batch", type=int, default=0, help=f"of all ways; 0: {WHOLE}, and what mesh-llm chooses")
     found.add_argument("--model", help="a generated model; long (160 MB) by default, stand-in for stand-ins")
     found.add_argument("--models", help="directory that keeps generated models")
     found.add_argument("--threads", type=int, default=1, help="of each engine")
@@ -136,7 +141,8 @@ class Runs:
         else:
             nodes = [NodeId("0" * 64), *map(NodeId, self.lab.nodes[: machines - 1])]
             shares = zip(nodes, whole_layers(facts.layers, machines), strict=True)
-            layout = SplitLayout(term=1, shares=tuple(SplitShare(node=node, layers=count) for node, count in shares))
+            parts = tuple(SplitShare(node=node, layers=count) for node, count in shares)
+            layout = SplitLayout(term=1, shares=parts, micro_batch=self.micro_batch(way, machines))
             # Workers are as far from each other as from the host.
             among = {(one, other): links[one] for one in nodes[1:] for other in nodes[1:] if one != other}
             ways = {(nodes[0], NodeId(node)): link for node, link in links.items()} | among
@@ -149,13 +155,17 @@ class Runs:
         self._delay = delay
         self.lab.delay(delay * self.slow, self.arguments.megabits / self.slow)
 
+    def micro_batch(self, way: str, machines: int) -> int:
+        """Tokens of a prompt that are computed at once."""
+        return self.arguments.micro_batch or (pipelined_tokens(machines) if way == "ours" else WHOLE)
+
     @contextmanager
     def engine(self, way: str, machines: int, context: int, slots: int) -> Generator[dict[str, Any]]:
         """An engine that serves the model in that way; gives what it said of its load."""
         lab, host = self.lab, self.lab.host
         layers = [float(count) for count in whole_layers(self._facts.layers, machines)]
         layers[-1] += 1
-        words = {"context": context, "slots": slots, "micro_batch": self.arguments.micro_batch}
+        words = {"context": context, "slots": slots, "micro_batch": self.micro_batch(way, machines)}
         addresses = lab.addresses[: machines - 1]
         serving = [host] if way == "pipelined" else []
         serving += lab.workers[: machines - 1] if way in {"stock", "pipelined"} else []
@@ -203,7 +213,7 @@ def opened(arguments: argparse.Namespace, scratch: Path) -> Generator[Runs]:
     pace = _pace(arguments)
 
     def settings(file: Path) -> dict[str, str]:
-        return pace.settings(facts, arguments.micro_batch, file)
+        return pace.settings(facts, arguments.micro_batch or WHOLE, file)
 
     workers = max(arguments.machines) - 1
     stand_in = settings if arguments.stand_in else None

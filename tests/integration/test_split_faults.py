@@ -38,8 +38,9 @@ SESSION, KEY = b"s" * 16, b"k" * 32
 async def test_a_worker_that_is_lost(supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model) -> None:
     path = model("small")
     expected = await solo(supervisor, rpc_embedded, path, "the mesh of all the nodes")
+    shares: dict[str, object] = {"tensor_split": (2.0, 3.0), "host_layers": 2}
     async with split(supervisor, rpc_embedded, path, 2) as group:
-        engine = await group.start(path)
+        engine = await group.start(path, **shares)
         assert [await text(engine)] == expected
         group.workers[1].lose()
         async with asyncio.timeout(5):
@@ -56,7 +57,7 @@ async def test_a_worker_that_is_lost(supervisor: Supervisor, rpc_embedded: Embed
         again = SplitHost(rpc="8.0.0", weights=None)
         try:
             group.endpoints = await again.start([worker.target() for worker in group.workers])
-            engine = await group.start(path)
+            engine = await group.start(path, **shares)
             assert [await text(engine)] == expected
             await engine.stop()
         finally:

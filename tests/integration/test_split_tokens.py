@@ -95,6 +95,35 @@ async def test_with_a_draft_and_layers_on_the_host(
         await engine.stop()
 
 
+async def test_one_tensor_travels_between_machines_of_which_the_host_is_the_first(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model
+) -> None:
+    path = model("small")
+    expected = await solo(supervisor, rpc_embedded, path, LONG, LONGER)
+    width, batch = 256, 64
+    async with split(supervisor, rpc_embedded, path, 2) as group:
+        # Without the cache of former prompts, which reads the workers' KV caches.
+        cut = {"batch": batch, "micro_batch": batch, "prompt_cache_mib": 0}
+        engine = await group.start(path, tensor_split=(2.0, 3.0), host_layers=2, **cut)
+        assert await text(engine, LONG) == expected[0]
+        before = group.host.stats()
+        answer = await complete(engine, LONGER)
+        after = group.host.stats()
+        assert answer["choices"][0]["text"] == expected[1]
+        first, last = (after.workers[name].minus(before.workers[name]) for name in ("w0", "w1"))
+        prompt, said = answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
+        sent = 4 * width * (prompt + said)
+        # Beside it travel masks and graphs, packed.
+        assert sent < first.bytes_sent < 1.5 * sent
+        # The second worker's come from the first.
+        assert last.bytes_sent < 0.5 * sent
+        assert first.relayed == last.relayed == 0
+        assert first.pushed == -(-prompt // batch) + said - 1
+        # What comes back is a token's state; the window is filled once.
+        assert last.bytes_received - last.padding < 4 * width * (said + 2) + 4000
+        await engine.stop()
+
+
 async def test_engine_after_engine_on_one_session(
     supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model
 ) -> None:

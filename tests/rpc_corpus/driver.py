@@ -325,8 +325,7 @@ def main(arguments: list[str]) -> int:
     ggml = Ggml()
     registry = ggml.load_plugin(Path(case.plugin))
     before = {device for device, _ in ggml.devices()}
-    for endpoint in case.endpoints:
-        ggml.add_rpc_server(registry, endpoint)
+    ggml.add_rpc_servers(registry, case.endpoints)
     devices = [device for device, _ in ggml.devices() if device not in before]
     llama = Llama(ggml)
     params = llama.model_params(devices, _SHARES[: len(devices)], case.output_on_host)

@@ -234,8 +234,15 @@ def split_spec(spec: EngineSpec, session: HostSession, accelerators: int) -> Eng
         here = _spread(session.layout.host.layers + 1, accelerators)
         return replace(spec, rpc=session.endpoints, tensor_split=(*shares, *here), gpu_layers=None)
     shares[-1] += 1
-    layers = int(sum(shares))
-    return replace(spec, rpc=session.endpoints, tensor_split=tuple(shares), gpu_layers=layers, output_on_host=True)
+    return replace(
+        spec,
+        rpc=session.endpoints,
+        tensor_split=tuple(shares),
+        gpu_layers=int(sum(shares)),
+        # With layers on two kinds of devices, llama.cpp would not fuse the operators of recurrent layers.
+        host_layers=0 if session.facts.state_bytes else session.layout.host.layers,
+        output_on_host=True,
+    )
 
 
 def _spread(layers: int, devices: int) -> list[float]:

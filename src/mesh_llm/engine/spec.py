@@ -71,6 +71,8 @@ class EngineSpec(_Spec):
         rpc: `unix:PATH` or `host:port` of RPC servers, in layer order. They come before local devices in
             `tensor_split`.
         tensor_split: proportion of the offloaded layers for each device, RPC servers first.
+        host_layers: layers that this machine's processor computes before those of the RPC servers. llama-server takes
+            their number from `gpu_layers`.
         output_on_host: keep the output layer on this machine's own device, so that workers return hidden states.
         cache_type: KV cache element type.
         embeddings: answer /v1/embeddings as well.
@@ -105,6 +107,7 @@ class EngineSpec(_Spec):
     cpu_moe: int = 0
     rpc: tuple[str, ...] = ()
     tensor_split: tuple[float, ...] = ()
+    host_layers: int = 0
     output_on_host: bool = False
     cache_type: str = "f16"
     embeddings: bool = True
@@ -315,6 +318,15 @@ def experts_override(layers: int) -> str:
     """
     numbers = "|".join(map(str, range(layers)))
     return rf"blk\.({numbers})\.ffn_(up|down|gate|gate_up)_(ch|)exps={CPU_DEVICE}"
+
+
+def layers_override(layers: int, memory: str = CPU_DEVICE) -> str:
+    """The value of `--override-tensor` that keeps the first layers in `memory`.
+
+    In main memory llama.cpp may arrange weights as the processor computes fastest, which it does not do for a device.
+    """
+    numbers = "|".join(map(str, range(layers)))
+    return rf"^blk\.({numbers})\.={memory}"
 
 
 def output_override(memory: str) -> str:

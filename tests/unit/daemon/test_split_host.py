@@ -14,8 +14,9 @@ from mesh_llm.core.types.events import AnyEvent, SplitFailed
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.daemon.split_host import LoadProgress, SplitHostService
+from mesh_llm.daemon.split_host import HostSession, LoadProgress, SplitHostService, split_spec
 from mesh_llm.daemon.split_worker import PartProgress, SplitDisplay, part_bytes
+from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.framing import ControlStream
 from mesh_llm.split.host.tunnel import unlimited
@@ -154,3 +155,30 @@ def test_a_worker_tells_each_percent_once() -> None:
         ("8 layers of big for a: 50 % read", False),
         ("8 layers of big for a: 100 % read", True),
     ]
+
+
+class Lending:
+    """Opened sessions with workers that lend so many devices."""
+
+    def __init__(self, *devices: int) -> None:
+        self.devices = devices
+
+
+def spec_of(layers: tuple[int, ...], devices: tuple[int, ...], accelerators: int) -> EngineSpec:
+    unused: Any = None
+    shares = tuple(SplitShare(node=node, layers=count) for node, count in zip((HOST, BAD, OTHER), layers, strict=False))
+    session = HostSession(
+        SplitLayout(term=1, shares=shares), cast("Any", Lending(*devices)), ("unix:/a", "unix:/b"), {}, 0,
+        facts("big", 10.0), unused,
+    )  # fmt: skip
+    return split_spec(EngineSpec(model=Path("m"), alias="m", context=512, slots=1), session, accelerators)
+
+
+def test_the_processors_layers_come_first_and_a_gpus_last() -> None:
+    processor = spec_of((6, 5, 5), (1, 2), accelerators=0)
+    # The output layer counts as the last worker's, and is kept here.
+    assert processor.tensor_split == (5.0, 3.0, 3.0)
+    assert (processor.host_layers, processor.gpu_layers, processor.output_on_host) == (6, 11, True)
+    gpu = spec_of((6, 5, 5), (1, 2), accelerators=1)
+    assert gpu.tensor_split == (5.0, 3.0, 2.0, 7.0)
+    assert (gpu.host_layers, gpu.gpu_layers, gpu.output_on_host) == (0, None, False)

@@ -5,6 +5,7 @@ weights and cache of its layers, and buffers for the widest layer. Weights and c
 with a margin for models in which they are not.
 """
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -124,16 +125,24 @@ def split_memory(
     )
 
 
-PIPELINED_TOKENS = 128
-"""Tokens of a prompt that a group of processors computes at once.
+MOST_PIPELINED_TOKENS = 128
+_PIECE_TOKENS = 32
+_READ_TOKENS = 8
+_PROMPT_TOKENS = 2048
 
-The machines of a group work on consecutive micro-batches at the same time. A prompt of P tokens in micro-batches of b
-keeps S machines busy for the part P / (P + (S - 1) * b) of the time, so smaller ones are better, down to the size at
-which reading the weights and handing on results counts more: on processors some 8 tokens' worth for each micro-batch,
-so that sqrt(8 * P / (S - 1)) is best: 128 for two machines and 2,000 tokens, 70 to 180 for others. Measured with one
-worker at 0 ms on quiet cores, 2,000 tokens, × one machine: 512: 1.45 and 1.58; 256: 1.58 and 1.62; 128: 1.63 and 1.68;
-64: 1.48 and 1.77. A GPU reads its weights in the time of hundreds of a prompt's tokens: it keeps `BATCH_TOKENS`.
-"""
+
+def pipelined_tokens(machines: int) -> int:
+    """Tokens of a prompt that a group of processors computes at once; `machines`: that have layers, at least 2.
+
+    The machines of a group work on consecutive micro-batches at the same time. A prompt of P tokens in micro-batches of
+    b keeps S machines busy for the part P / (P + (S - 1) * b) of the time, so smaller ones are better, down to the size
+    at which reading the weights and handing on results counts more: on processors some 8 tokens' worth for each
+    micro-batch, so that sqrt(8 * P / (S - 1)) is best. Measured with one worker at 0 ms on quiet cores, 2,000 tokens, ×
+    one machine: 512: 1.45 and 1.58; 256: 1.58 and 1.62; 128: 1.63 and 1.68; 64: 1.48 and 1.77. A GPU reads its weights
+    in the time of hundreds of a prompt's tokens: it keeps `BATCH_TOKENS`.
+    """
+    best = math.sqrt(_READ_TOKENS * _PROMPT_TOKENS / max(1, machines - 1))
+    return min(MOST_PIPELINED_TOKENS, max(1, round(best / _PIECE_TOKENS)) * _PIECE_TOKENS)
 
 
 class MemoryOffer(msgspec.Struct, frozen=True, kw_only=True):
@@ -300,14 +309,15 @@ def _over(request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_ve
             term=term,
             shares=(host, *workers),
             rpc_version=rpc_version,
-            micro_batch=_micro_batch(request.facts, group),
+            micro_batch=_micro_batch(request.facts, group, 1 + len(workers)),
         ),
     )
 
 
-def _micro_batch(facts: ModelFacts, group: Sequence[MemoryOffer]) -> int:
-    """Tokens at once over this group; 0: as many as usual."""
-    return PIPELINED_TOKENS if not facts.one_batch and all(offer.on_processor for offer in group) else 0
+def _micro_batch(facts: ModelFacts, group: Sequence[MemoryOffer], machines: int) -> int:
+    """Tokens at once over this group, of which `machines` have layers; 0: as many as usual."""
+    pipelined = not facts.one_batch and all(offer.on_processor for offer in group)
+    return pipelined_tokens(machines) if pipelined else 0
 
 
 def _layers(request: SplitRequest, memories: Sequence[int], context: int, slots: int) -> tuple[int, ...] | None:

@@ -78,6 +78,9 @@ WAIT_SECONDS = 600.0
 """A tensor of another worker comes within this time, or the session ends. It computes a micro-batch of a prompt before:
 512 tokens of 20 GB of weights take a slow processor some minutes."""
 
+_MAX_PUSHES = 64
+"""Tensors that are being pushed; most of them are not computed yet."""
+
 _READ = 1024 * 1024
 _U32 = struct.Struct("<I")
 _CONNECT_SECONDS = 5.0
@@ -226,6 +229,10 @@ class WorkerTunnel:
         self._out: list[Content | Wait] = []
         self._pieces: _Pieces | None = None
         self._heads = KeptHeads()
+        self._pushes: asyncio.Queue[tuple[Push, int]] = asyncio.Queue(_MAX_PUSHES)
+        self._unread_pushes = 0
+        self._pushes_are_read = asyncio.Event()
+        self._pushes_are_read.set()
         self._tunnel_requests = {
             REFERENCE: self._reference,
             PUSH: self._push,
@@ -243,7 +250,14 @@ class WorkerTunnel:
             ConnectionError, TimeoutError, MeshError, ForgedError: the session is over.
         """
         try:
-            await self._serve()
+            async with asyncio.TaskGroup() as tasks:
+                pushing = tasks.create_task(self._push_tensors())
+                await self._serve()
+                await self._pushes.join()
+                pushing.cancel()
+        except ExceptionGroup as group:
+            # The first one ended the other task.
+            raise group.exceptions[0] from None
         finally:
             if self._recorder is not None:
                 self._recorder.abandon()
@@ -333,12 +347,14 @@ class WorkerTunnel:
             await self._recorder.feed(data, last=True)
         if has_reply(request_.command):
             await self._flush()
+            await self._pushes_are_read.wait()
             await self._server.pass_answer(size, self._stream)
             await self._session.answered(size)
 
     async def _get(self, payload: memoryview, size: int) -> None:
         """Answer a large GET_TENSOR from several small ones."""
         await self._flush()
+        await self._pushes_are_read.wait()
         await self._stream.write(REPLY_HEADER.pack(size))
         offset = int.from_bytes(payload[TENSOR_BYTES : TENSOR_BYTES + 8], "little")
         for at in range(0, size, _PIECE):
@@ -355,6 +371,7 @@ class WorkerTunnel:
         if self._firewall.buffers.fits(size):
             self._out.append(request(Command.ALLOC_BUFFER, bytes(payload)))
             await self._flush()
+            await self._pushes_are_read.wait()
             answer = await self._server.answer(REPLY_SIZES[Command.ALLOC_BUFFER])
             pointer, real = (int.from_bytes(answer[at : at + 8], "little") for at in (0, 8))
             if not pointer:
@@ -430,16 +447,32 @@ class WorkerTunnel:
         self._session.refused(0)
 
     async def _push(self, payload: memoryview) -> None:
-        """PUSH: read a tensor, and send it to another worker; or return it to the host if that fails."""
+        """PUSH: read a tensor, and send it to another worker; or return it to the host if that fails.
+
+        It is computed only now, and takes its time to be sent. The requests behind it are checked meanwhile, and the
+        rpc-server has them when it is done: a prompt's next micro-batch follows without a pause.
+        """
         push = Push.unpack(payload)
         size = self._firewall.check_push(push.get)
         self._out.append(request(Command.GET_TENSOR, bytes(push.get)))
         await self._flush()
-        data = await self._server.answer(size)
-        try:
-            await self._session.pushes.send(push.peer, push.counter, push.tag, data)
-        except ConnectionError:
-            await self._session.undelivered(Undelivered(push.peer, push.counter, push.tag, memoryview(data)))
+        # Until the rpc-server has answered this, it answers nothing else.
+        self._unread_pushes += 1
+        self._pushes_are_read.clear()
+        await self._pushes.put((push, size))
+
+    async def _push_tensors(self) -> None:
+        while True:
+            push, size = await self._pushes.get()
+            data = await self._server.answer(size)
+            self._unread_pushes -= 1
+            if not self._unread_pushes:
+                self._pushes_are_read.set()
+            try:
+                await self._session.pushes.send(push.peer, push.counter, push.tag, data)
+            except ConnectionError:
+                await self._session.undelivered(Undelivered(push.peer, push.counter, push.tag, memoryview(data)))
+            self._pushes.task_done()
 
     async def _wait(self, payload: memoryview) -> None:
         """WAIT: set a tensor to what another worker sends."""

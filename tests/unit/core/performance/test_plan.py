@@ -18,7 +18,7 @@ from mesh_llm.core.performance.prediction import (
     split_seconds,
 )
 from mesh_llm.core.split.eligibility import Barred, Obstacle
-from mesh_llm.core.split.layout import PIPELINED_TOKENS
+from mesh_llm.core.split.layout import MOST_PIPELINED_TOKENS
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import (
     AUTO_CACHE,
@@ -100,7 +100,7 @@ def test_or_split_where_it_fits_nobody_alone() -> None:
     processors = [msgspec.structs.replace(machine(n, 7.0), on_processor=True) for n in (1, 2)]
     small = make_plan(PlanRequest(facts=BIG), processors, links(2))
     assert small.split is not None
-    assert small.split.micro_batch == PIPELINED_TOKENS
+    assert small.split.micro_batch == MOST_PIPELINED_TOKENS
 
 
 def test_what_does_not_fit_says_what_is_missing() -> None:

@@ -1,15 +1,18 @@
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.support.core_values import GB, facts, node_id
 
 from mesh_llm.core.placement.fit import DoesNotFit
 from mesh_llm.core.split.layout import (
-    PIPELINED_TOKENS,
+    MOST_PIPELINED_TOKENS,
     MemoryOffer,
     SplitRequest,
     divide_layers,
     group_fits,
     left_out,
+    pipelined_tokens,
     plan_split,
 )
 from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan, ModelKind
@@ -145,11 +148,29 @@ def test_a_split_model_whose_cache_type_is_left_open_has_f16() -> None:
     assert planned(SplitRequest(facts=BIG, options=LaunchOptions(cache_type="q8_0")), 6.0, 6.0).cache_type == "q8_0"
 
 
+def test_more_machines_read_smaller_pieces() -> None:
+    assert [pipelined_tokens(machines) for machines in (2, 3, 4, 8, 64)] == [128, 96, 64, 64, 32]
+    ask = SplitRequest(facts=BIG, asked=True)
+    for count in (2, 3, 4):
+        nodes = [msgspec.structs.replace(one, on_processor=True) for one in group(*([20.0] * count))]
+        plan = plan_split(ask, nodes, 3, "8.0.0")
+        assert isinstance(plan, LaunchPlan)
+        assert plan.split is not None
+        assert plan.split.micro_batch == pipelined_tokens(count)
+
+
+@given(machines=st.integers(2, 200))
+def test_pieces_have_a_size_that_processors_compute_well(machines: int) -> None:
+    assert pipelined_tokens(machines + 1) <= pipelined_tokens(machines) <= MOST_PIPELINED_TOKENS
+    assert pipelined_tokens(machines) % 32 == 0
+    assert pipelined_tokens(machines) >= 32
+
+
 def test_processors_read_prompts_in_small_pieces_and_gpus_do_not() -> None:
     ask = SplitRequest(facts=BIG, asked=True)
     processors = [msgspec.structs.replace(one, on_processor=True) for one in group(20.0, 20.0)]
     for nodes, expected in (
-        (processors, PIPELINED_TOKENS),
+        (processors, MOST_PIPELINED_TOKENS),
         ([processors[0], group(20.0, 20.0)[1]], 0),
         ([group(20.0)[0], processors[1]], 0),
     ):

@@ -25,7 +25,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     request,
 )
 from mesh_llm.wire.ggml_rpc.tensors import Graph, pack_graph, plain
-from mesh_llm.wire.ggml_rpc.tunnel import ALLOC
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, PUSH, Push
 
 PLACE = Place([Buffer(0x5000_0000, 0x7000_0000_0000, SIZES[0])])
 
@@ -84,17 +84,22 @@ def frames(count: int, *, packed: bool) -> list[bytes]:
     ]
 
 
-def connection(data: bytes, server: Server, firewall: Firewall, refused: list[int] | None = None) -> WorkerTunnel:
-    """One that needs neither weights nor other workers."""
+async def _not_counted(_: int) -> None: ...
+
+
+def connection(
+    data: bytes, server: Server, firewall: Firewall, refused: list[int] | None = None, pushes: Any = None
+) -> WorkerTunnel:
+    """One that needs no weights; `pushes` sends to other workers."""
     firewall.allocated(PLACE.buffers[0])
     unused: Any = None
     context = SessionContext(
         offered=[],
         inbox=unused,
-        pushes=unused,
+        pushes=pushes,
         undelivered=unused,
         filled=unused,
-        answered=unused,
+        answered=_not_counted,
         refused=[].append if refused is None else refused.append,
     )
     return WorkerTunnel(cast("ByteStream", Stream(data)), cast("Any", server), firewall, context)
@@ -284,3 +289,92 @@ async def test_memory_that_a_device_does_not_give_is_noted_until_a_graph_is_comp
     # More than is lent is the host's fault, and no news of the device.
     await connection(asked, Giving(), Firewall(V8, 1, 100 + SIZES[0]), refused).run()
     assert refused == []
+
+
+class Computing(Server):
+    """Answers in order, when it is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = asyncio.Event()
+        self.waits_for = b""
+        self.has_it = asyncio.Event()
+        self.answered: list[str] = []
+
+    async def write(self, data: bytes) -> None:
+        await super().write(data)
+        if self.waits_for and self.got.endswith(self.waits_for):
+            self.has_it.set()
+
+    async def answer(self, size: int) -> bytes:
+        await self.done.wait()
+        self.answered.append("push")
+        return bytes(size)
+
+    async def pass_answer(self, size: int, target: ByteStream) -> None:
+        del size, target
+        self.answered.append("host")
+
+
+class Pushes:
+    """The way to other workers."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.sent: list[tuple[int, int, bytes, bytes]] = []
+        self._error = error
+
+    async def send(self, peer: int, counter: int, tag: bytes, data: bytes) -> None:
+        self.sent.append((peer, counter, tag, data))
+        if self._error is not None:
+            raise self._error
+
+
+def pushed(size: int = 64) -> tuple[bytes, bytes, bytes]:
+    """A push of a tensor, the read that it is at the rpc-server, and a write of the tensor."""
+    buffer = PLACE.buffers[0]
+    tensor = plain(0, (size // 4, 1, 1, 1), buffer.pointer, buffer.base).pack()
+    region = memoryview(tensor + struct.pack("<QQ", 0, size))
+    push = request(PUSH, Push(region, 7, b"t" * 16, 2).pack())
+    return push, request(Command.GET_TENSOR, bytes(region)), request(Command.SET_TENSOR, tensor + bytes(9 + size))
+
+
+async def test_what_comes_behind_a_push_reaches_the_server_while_it_computes() -> None:
+    push, get, after = pushed()
+    server, pushes = Computing(), Pushes()
+    server.waits_for = after
+
+    async def compute() -> None:
+        async with asyncio.timeout(30):
+            await server.has_it.wait()
+        assert server.got == get + after
+        assert pushes.sent == []
+        server.done.set()
+
+    # It ends only when all is sent.
+    tunnel = connection(push + after, server, Firewall(V8, 1, 1 << 30), pushes=pushes)
+    await asyncio.gather(tunnel.run(), compute())
+    assert pushes.sent == [(2, 7, b"t" * 16, bytes(64))]
+
+
+async def test_an_answer_to_the_host_is_read_behind_those_that_are_pushed() -> None:
+    push, get, after = pushed()
+    server, pushes = Computing(), Pushes()
+    server.waits_for = after + get
+
+    async def compute() -> None:
+        async with asyncio.timeout(30):
+            await server.has_it.wait()
+        server.done.set()
+
+    tunnel = connection(push + push + after + get, server, Firewall(V8, 1, 1 << 30), pushes=pushes)
+    await asyncio.gather(tunnel.run(), compute())
+    assert server.answered == ["push", "push", "host"]
+
+
+async def test_a_push_that_fails_ends_the_connection() -> None:
+    push, _, after = pushed()
+    server = Computing()
+    server.done.set()
+    lost = Pushes(ValueError("lost"))
+    with pytest.raises(ValueError, match="lost"):
+        await connection(push + after, server, Firewall(V8, 1, 1 << 30), pushes=lost).run()

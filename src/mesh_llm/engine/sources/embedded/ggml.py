@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_register": (None, [c_void_p]),
     "ggml_backend_device_register": (None, [c_void_p]),
     "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
+    "ggml_backend_reg_dev_get": (c_void_p, [c_void_p, c_size_t]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_dev_count": (c_size_t, []),
     "ggml_backend_dev_get": (c_void_p, [c_size_t]),
@@ -44,6 +45,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_buft_name": (c_char_p, [c_void_p]),
     "ggml_version": (c_char_p, []),
 }
+
+# Words of structures in ggml/src/ggml-backend-impl.h.
+_DEVICE_WORDS, _DEVICE_TYPE, _DEVICE_REGISTRY = 17, 3, 15
+"""Of `struct ggml_backend_device`: 15 functions, its registry and its context."""
+
+_REGISTRY_WORDS, _REGISTRY_NAME, _REGISTRY_CONTEXT = 6, 1, 5
+"""Of `struct ggml_backend_reg`: the version, 4 functions and its context."""
 
 _StartServer = ctypes.CFUNCTYPE(None, c_char_p, c_char_p, c_size_t, c_size_t, POINTER(c_void_p))
 _AddServer = ctypes.CFUNCTYPE(c_void_p, c_char_p)
@@ -76,6 +84,7 @@ class Ggml:
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self.functions(_SIGNATURES)
         self._plugins: list[ctypes.CDLL] = []
+        self._kept: list[Any] = []
 
     def functions(self, signatures: Mapping[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
         """More functions of the library. `signatures`: result and argument types by name."""
@@ -171,13 +180,44 @@ class Ggml:
         )
         return False
 
-    def add_rpc_server(self, registry: Registry, endpoint: str) -> None:
-        """Register a remote server's devices. ggml aborts the process if the server does not answer."""
+    def add_rpc_servers(self, registry: Registry, endpoints: Sequence[str], *, host: bool = False) -> None:
+        """Register the devices of remote servers, in their order; `host`: the processor before them.
+
+        ggml aborts the process if a server does not answer.
+        """
         add = _AddServer(self._procedure(registry, "ggml_backend_rpc_add_server"))
-        remote = add(endpoint.encode())
-        if not remote:
-            raise GgmlError(f"RPC server {endpoint} lends no device")
-        self._library.ggml_backend_register(remote)
+        for endpoint in endpoints:
+            remote = add(endpoint.encode())
+            if not remote:
+                raise GgmlError(f"RPC server {endpoint} lends no device")
+            if host:
+                self._add_host(registry, self._library.ggml_backend_reg_dev_get(remote, 0))
+                host = False
+            self._library.ggml_backend_register(remote)
+
+    def _add_host(self, registry: Registry, remote: Device) -> None:
+        """Register the processor a second time, as if it were the first RPC server's device.
+
+        llama.cpp knows where a layer ends only if all layers are offloaded, and gives operators without weights to the
+        processor last. With layers that stay on the processor, the norm at the beginning of a layer is computed on the
+        device before it, and the sum at the end of the processor's last layer on the device behind it: two tensors
+        travel for each token where one is enough. As a device, the processor has the same memory and the same code.
+        Sources: llama_prepare_model_devices, llama_context::graph_get_cb, ggml_backend_sched_split_graph.
+
+        The wheel loads models while it holds Python's lock, so only functions of the libraries can be called meanwhile:
+        the type is that of the remote device, and the registry's name the plugin's.
+        """
+        processor = next((device for device, info in self.devices() if info.kind is DeviceKind.CPU), 0)
+        own = self._library.ggml_backend_dev_backend_reg(processor) if processor else 0
+        device, server = _words(processor, _DEVICE_WORDS), _words(remote, _DEVICE_WORDS)
+        theirs = _words(registry, _REGISTRY_WORDS)
+        if not own or device[_DEVICE_REGISTRY] != own or server[_DEVICE_REGISTRY] != registry:
+            raise GgmlError("the processor cannot be registered again")
+        group = _words(own, _REGISTRY_WORDS)
+        group[_REGISTRY_NAME], group[_REGISTRY_CONTEXT] = theirs[_REGISTRY_NAME], theirs[_REGISTRY_CONTEXT]
+        device[_DEVICE_TYPE], device[_DEVICE_REGISTRY] = server[_DEVICE_TYPE], ctypes.addressof(group)
+        self._kept += [device, group]
+        self._library.ggml_backend_device_register(ctypes.addressof(device))
 
     def choose_devices(self, spec: RpcWorkerSpec) -> list[Device]:
         """The named devices; or all GPUs; or the CPU. Raises GgmlError for a name that is not there."""
@@ -196,3 +236,9 @@ class Ggml:
         if not address:
             raise GgmlError(f"the plugin has no {name}")
         return address
+
+
+def _words(address: int, count: int) -> "ctypes.Array[c_void_p]":
+    """A copy of a structure of pointers; of zeros without an address."""
+    kind = c_void_p * count
+    return kind(*kind.from_address(address)) if address else kind()

@@ -274,7 +274,7 @@ def measure_rpc(ggml: Ggml, endpoint: str, plugin: Path) -> Speed:
     """The speed of the first device of the RPC server at `endpoint`, which must speak the plugin's RPC version."""
     registry = ggml.load_plugin(plugin)
     here = dict(ggml.devices())
-    ggml.add_rpc_server(registry, endpoint)
+    ggml.add_rpc_servers(registry, (endpoint,))
     device, info = next((device, info) for device, info in ggml.devices() if device not in here)
     return _measure_gpu(ggml, device, info.memory_free)
 

@@ -17,7 +17,16 @@ from mesh_llm.engine.slots import SlotError, SlotListener
 from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
 from mesh_llm.engine.sources.embedded.slot_library import EngineSlots
-from mesh_llm.engine.spec import LOOPBACK, NGRAM, NGRAM_KEY, NO_PROGRAMS, EngineSpec, experts_override, output_override
+from mesh_llm.engine.spec import (
+    LOOPBACK,
+    NGRAM,
+    NGRAM_KEY,
+    NO_PROGRAMS,
+    EngineSpec,
+    experts_override,
+    layers_override,
+    output_override,
+)
 
 SLOTS = "--slots"
 """Before the library that reaches the slots."""
@@ -51,8 +60,7 @@ def main(arguments: list[str]) -> int:
             ggml.keep_devices(spec.devices)
         if spec.rpc:
             registry = ggml.load_plugin(Path(others[1]))
-            for endpoint in spec.rpc:
-                ggml.add_rpc_server(registry, endpoint)
+            ggml.add_rpc_servers(registry, spec.rpc, host=bool(spec.host_layers))
         params = common_params(spec, ggml)
         listener = None if slots is None or spec.slot_socket is None else SlotListener(spec.slot_socket)
         server = wheel().Server(params)
@@ -123,9 +131,13 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
     params.offline = True
     params.n_gpu_layers = _layers(spec)
     if spec.tensor_split:
-        split = list(spec.tensor_split)
+        split = [*([float(spec.host_layers)] if spec.host_layers else []), *spec.tensor_split]
         params.tensor_split = split + [0.0] * (_TENSOR_SPLIT_LENGTH - len(split))
     overrides = [output_override(_buffer_type(spec, ggml))] if spec.output_on_host else []
+    if spec.host_layers:
+        overrides.append(layers_override(spec.host_layers))
+        # What it would choose: it compares the device of the layer, which is the processor's second entry here.
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
     overrides += [experts_override(spec.cpu_moe)] if spec.cpu_moe else []
     if overrides:
         params.tensor_buft_overrides = ",".join(overrides)
@@ -186,7 +198,7 @@ def _member(name: str) -> object:
 
 
 def _layers(spec: EngineSpec) -> int:
-    if spec.gpu_layers is not None:
+    if spec.gpu_layers is not None and not spec.host_layers:
         return spec.gpu_layers
     return 0 if spec.uses_cpu_only and not spec.rpc else _ALL_LAYERS
 
