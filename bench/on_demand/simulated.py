@@ -178,8 +178,11 @@ class Simulation:
 
     def run(self) -> None:
         """Let requests come, and time pass."""
-        end = 60.0 * self.options.minutes
         self.later(10.0, self._arrive)
+        self.until(60.0 * self.options.minutes)
+
+    def until(self, end: float) -> None:
+        """Let time pass."""
         while self._heap and self._heap[0][0] <= end:
             self.now, _, action = heapq.heappop(self._heap)
             self.board.advance(self.now)
@@ -198,9 +201,10 @@ class Simulation:
         self._sample_soon(one)
         # Look at what has become known since.
         self.do(one, Tick())
-        self._send(one, Asking(model, self.now))
+        self.send(one, Asking(model, self.now))
 
-    def _send(self, one: Machine, asking: Asking) -> None:
+    def send(self, one: Machine, asking: Asking) -> None:
+        """A request comes to a node."""
         targets = self._targets(one, asking.model)
         if not targets:
             asking.waited = True
@@ -212,7 +216,7 @@ class Simulation:
         if launch is None or launch.status is not ModelStatus.WARM:
             # It was unloaded there a moment ago.
             asking.waited = True
-            self.later(_GONE_SECONDS, lambda: (self.do(one, Tick()), self._send(one, asking))[0])
+            self.later(_GONE_SECONDS, lambda: (self.do(one, Tick()), self.send(one, asking))[0])
             return
         if asking.waited:
             self.waits.append(self.now - asking.began)
@@ -354,7 +358,7 @@ class Simulation:
     def _go_on(self, one: Machine, model: ModelName, waiting: list[Asking]) -> None:
         self._await(one, model)
         for asking in waiting:
-            self._send(one, asking)
+            self.send(one, asking)
 
 
 def facts(name: ModelName) -> ModelFacts:

@@ -1,5 +1,6 @@
 """`--split` on the host alone is enough: what workers take part that were started without it."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from tests.e2e.test_split import answers, split_invite, split_over
 from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
-from tests.support.pool import chat, content, named, until, warm
+from tests.support.pool import alive, chat, content, named, until, warm
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -46,3 +47,24 @@ async def test_a_worker_needs_neither_option(
         await host.crash()
         await until(worker, warm("red"), "serving alone", 60.0)
         assert await answers(worker) == solo
+
+
+async def test_a_request_splits_a_model_that_fits_no_node_alone(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=1)
+    big = named(random_model("half-gigabyte"), "big", tmp_path / "m")
+    arguments = ("--max-vram", "0.67", "--ctx-size", "512", "--parallel", "1", "--no-draft")
+    host = await start_node("a", models=["tiny"], models_dir=big.parent, arguments=arguments, lab=lab, host=0)
+    refused = await chat(host, "big")
+    assert refused.status == 503
+    assert "Split over several nodes, it needs" in refused.text
+    assert "Add a machine, or take a smaller model" in refused.text
+    joins = {"join": [await split_invite(host)], "models_dir": tmp_path / "empty"}
+    worker = await start_node("b", models=["tiny"], arguments=arguments, lab=lab, host=1, ready=False, **joins)
+    await until(worker, alive(1), "seeing the other", 60.0)
+    # At once: little is known of the worker, which has not got the file. The host has just refused.
+    both = await asyncio.gather(chat(worker, "big"), chat(host, "big"))
+    assert len({content(one) for one in both}) == 1
+    shared = (await host.status())["split"]
+    assert (shared["model"], len(shared["workers"])) == ("big", 1)

@@ -37,7 +37,7 @@ from mesh_llm.wire.http.http1 import Headers
 LOAD_PATH = "/mesh/load"
 """Where another node asks this one to load a model: `?model=NAME`, and `clients=1` for its passive clients only."""
 
-_COMMENT = b": the model is being loaded\n\n"
+_LOADING = "the model is being loaded"
 _EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
 _PART = 2
 """At most one part of so many of the places for requests is for those that wait."""
@@ -177,7 +177,8 @@ class LoadWaits:
                 async with asyncio.timeout(pause - now):
                     await self._routes.newer(snapshot.version)
             if reply is not None:
-                await reply.keep_alive(self._clock())
+                state = self._routes.current.awaited.get(model)
+                await reply.keep_alive(self._clock(), state.text if state is not None else "")
 
 
 def _answers(route: ModelRoute, asker: LoadAsker) -> bool:
@@ -211,15 +212,16 @@ class KeptAliveReply:
             self._due = now + self._period
         return self._due
 
-    async def keep_alive(self, now: float) -> None:
-        """Send a comment if it is due. Raises ConnectionError."""
+    async def keep_alive(self, now: float, text: str = "") -> None:
+        """Send a comment if it is due, with what the load waits for. Raises ConnectionError."""
         if now < self.quiet_until(now):
             return
         self._due = now + self._period
         if not self._begun:
             self._begun = True
             await self._reply.start(200, [*_EVENTS, *self._cors])
-        await self._reply.write(_COMMENT)
+        comment = " ".join(f"{_LOADING}: {text}".split()) if text else _LOADING
+        await self._reply.write(f": {comment}\n\n".encode())
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the head, unless that of the comments was sent."""

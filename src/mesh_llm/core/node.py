@@ -126,7 +126,7 @@ class Node:
         self._split = SplitController(config, self._models)
         self._usage = Usage(config.timings.demand_time_constant)
         self._placement = PlacementController(config, self._models, self._split, self._usage)
-        self._on_demand = OnDemand(config, self._models, self._usage, self._placement.fetch)
+        self._on_demand = OnDemand(config, self._models, self._usage, self._placement.fetch, self._split)
         self._yielding = YieldController(config.yields, self._models, self._split)
         self._routes = RoutingTable(config)
         self._listing = ListingPublisher(config)

@@ -16,6 +16,9 @@ from mesh_llm.runtime.supervision import TaskScope
 
 _log = structlog.get_logger(__name__)
 
+_MOST_TEXT = 1000
+"""Characters of another node's reason: sums, who is kept out, and what to type."""
+
 Ask = Callable[[Target, ModelName, Mapping[str, str]], Awaitable[LoadAnswer]]
 """Asks a node at LOAD_PATH, with more fields for the query. Raises MeshError if it will not, or does not answer."""
 
@@ -56,7 +59,7 @@ class LoadAsks:
             answer = await self._ask(target, model, fields)
         except MeshError as error:
             _log.info("another node does not load a model", model=model, node=node, reason=str(error))
-            problem = refused_because(model, error.message)[:500]
+            problem = refused_because(model, error.message)[:_MOST_TEXT]
             event = LoadAnswered(node=node, model=model, problem=problem, retry_after=error.retry_after or 0.0)
         else:
             event = LoadAnswered(node=node, model=model, serving=answer.serving)

@@ -106,6 +106,16 @@ async def test_a_stream_is_kept_alive_by_comments(engine: FakeUpstream):
         assert text.endswith(STREAMED)
 
 
+async def test_a_comment_says_what_the_load_waits_for(engine: FakeUpstream):
+    async with running_api([COLD], config=config(comments=0.02)) as api:
+        api.routes.set(COLD, awaited={NAME: Awaited(text="node2 is still\nbuilding its RPC plugin")})
+        async with api.client.stream("POST", CHAT, content=STREAMED) as answer:
+            async for piece in answer.aiter_bytes():
+                assert piece.startswith(b": the model is being loaded: node2 is still building its RPC plugin\n\n")
+                break
+            api.routes.set(warm(engine))
+
+
 @pytest.mark.parametrize(
     ("path", "event"),
     [(CHAT, b'data: {"error"'), ("/v1/messages", b"event: error"), ("/v1/responses", b"event: error")],

@@ -7,7 +7,7 @@ models spread evenly.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import NamedTuple
@@ -21,6 +21,9 @@ from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role
 _ON_DISK, _FROM_NEIGHBOUR, _FROM_SOURCE = range(3)
 _NOW, _IDLE, _IN_TURN = range(3)
 
+_MOST_REFUSALS = 1024
+_PAUSE = 0.5
+"""Seconds for which a refusal counts, whatever changes."""
 _LEAST_RATE = 0.05
 """Requests a minute: less does not count."""
 
@@ -55,6 +58,63 @@ class Place(NamedTuple):
     speed: int = 0
     cards: int = 1
     residents: Mapping[ModelName, int] = MappingProxyType({})
+
+    @property
+    def room(self) -> Pools:
+        """Its memory once all was unloaded that may be."""
+        return Pools(device=self.offer.room_bytes, host=self.offer.room_host_bytes, cards=self.cards)
+
+
+class _Refusal(NamedTuple):
+    """What a node said. `facts`: what that was built on, as it was known here."""
+
+    why: str
+    since: float
+    until: float
+    split: bool
+    facts: Hashable
+
+
+class Refusals:
+    """Nodes that said that they do not load a model.
+
+    Such a node is not asked again for a while, but at most until something changes that its answer was built on.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[ModelName, NodeId], _Refusal] = {}
+
+    def __contains__(self, key: tuple[ModelName, NodeId]) -> bool:
+        return key in self._kept
+
+    def add(
+        self, model: ModelName, node: NodeId, why: str, now: float, until: float, facts: Hashable, *, split: bool
+    ) -> None:
+        """A node refuses. `facts`: what that is built on; `split`: other nodes' memory counted, too."""
+        self._kept.pop((model, node), None)
+        self._kept[model, node] = _Refusal(why, now, until, split, facts)
+        if len(self._kept) > _MOST_REFUSALS:
+            del self._kept[next(iter(self._kept))]
+
+    def update(self, facts: Callable[[ModelName, NodeId, bool], Hashable], now: float) -> None:
+        """Forget those whose time is over, or for which `facts` (of a model, a node, and `split`) changed.
+
+        Each is kept for a moment: what changes all the time must not make a node ask without a pause.
+        """
+        self._kept = {
+            (model, node): one
+            for (model, node), one in self._kept.items()
+            if now < one.since + _PAUSE or (now < one.until and one.facts == facts(model, node, one.split))
+        }
+
+    def why(self, model: ModelName, node: NodeId) -> str:
+        """What a node said; empty: nothing that still counts."""
+        kept = self._kept.get((model, node))
+        return kept.why if kept is not None else ""
+
+    def of(self, model: ModelName) -> Sequence[tuple[NodeId, str]]:
+        """All that refuse a model, with what they said: the first one first."""
+        return [(node, one.why) for (name, node), one in self._kept.items() if name == model]
 
 
 def place_of(member: Member) -> Place | None:

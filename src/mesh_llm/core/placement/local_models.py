@@ -81,9 +81,12 @@ class LocalModels:
         """Main memory that a further model could take beside a GPU's."""
         return max(0, self.capacity.host_bytes - self.launches.reserved_host_bytes())
 
-    def offered_bytes(self, model: ModelName) -> int:
-        """Memory for a split model here, including what that model already takes."""
-        free = max(0, self.capacity.memory_bytes - self.launches.reserved_bytes(model))
+    def offered_bytes(self, model: ModelName, without: Collection[ModelName] = ()) -> int:
+        """Memory for a split model here, including what that model already takes.
+
+        `without`: models that are counted as not served.
+        """
+        free = max(0, self.capacity.memory_bytes - self.launches.reserved_bytes(model, *without))
         return min(free, self.shortages.get(self._shortage(model), free))
 
     @property
@@ -287,6 +290,13 @@ class LocalModels:
         if launch is None or launch.status is not ModelStatus.FAILED:
             return []
         return self.launches.drop(model, 0.0, now, "it is tried again")
+
+    def end_group(self, model: ModelName) -> None:
+        """The model is not to be split any more, unless it runs already."""
+        if self.group_model == model and self.launches.get(model) is None:
+            self.group_model = None
+            if model in self.wanted:
+                self.wanted.remove(model)
 
     def unavailable(self, event: ModelUnavailable) -> list[AnyEffect]:
         """A model that the user gave cannot be had, or can be had again. Says so once for each reason."""

@@ -5,20 +5,23 @@ checks for itself, makes room (`residents`, `room`), and loads. All nodes choose
 for at several nodes is loaded once. What nobody asks for any more is unloaded after a while.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mesh_llm.core.config import NodeConfig, OnDemandPolicy
 from mesh_llm.core.placement.assignment import Assigned
 from mesh_llm.core.placement.controller import ModelFetch, offered_models
 from mesh_llm.core.placement.demand import Usage
-from mesh_llm.core.placement.launches import LaunchOrder, Origin
-from mesh_llm.core.placement.load_hosts import place_of, rank_places
+from mesh_llm.core.placement.launches import Origin
+from mesh_llm.core.placement.load_hosts import Refusals, place_of, rank_places
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.placement.offload import Pools, plan_launch
 from mesh_llm.core.placement.residents import DRAIN, Residents
 from mesh_llm.core.placement.room import Resident, make_room
+from mesh_llm.core.placement.split_loads import SplitLoads
 from mesh_llm.core.routing.ranking import Awaited
+from mesh_llm.core.split.controller import SplitController
+from mesh_llm.core.split.outlook import Outlook
 from mesh_llm.core.types.announcement import LoadOffer, Member, may_load
 from mesh_llm.core.types.effects import AnyEffect, AskForLoad, EndAsk, Notice, NoticeLevel
 from mesh_llm.core.types.events import LoadAnswered, ModelAwaited
@@ -37,7 +40,6 @@ _MOST_AWAITED = 256
 """Models for which requests of other nodes are noted. Those of this node's own clients the API bounds."""
 _MOST_OF_ASKER = 64
 """Models for which one other node's requests are noted: a node that asks for many must not keep others out."""
-_MOST_REFUSALS = 1024
 _NOBODY = "no node of the mesh that loads models when they are asked for has its file and the memory for it"
 
 
@@ -76,17 +78,21 @@ class _Entry:
 class OnDemand:
     """Loads and unloads models by demand. Methods that return effects change launches and fetches."""
 
-    def __init__(self, config: NodeConfig, models: LocalModels, usage: Usage, fetch: ModelFetch) -> None:
+    def __init__(
+        self, config: NodeConfig, models: LocalModels, usage: Usage, fetch: ModelFetch, split: SplitController
+    ) -> None:
         self._config = config
         self._models = models
         self._usage = usage
         self._fetch = fetch
         self._entries: dict[ModelName, _Entry] = {}
-        self._refusals: dict[tuple[ModelName, NodeId], tuple[float, str]] = {}
+        self._refusals = Refusals()
         self._deadline: float | None = None
         self._members: Sequence[Member] = ()
+        self._by_node: Mapping[NodeId, Member] = {}
         self._now = 0.0
         self._refusal = ""
+        self._splits = SplitLoads(config, models, split)
         self.residents = Residents(config, models, usage)
         """What is loaded here, and what becomes of it."""
         self.relay: NodeId | None = None
@@ -118,6 +124,7 @@ class OnDemand:
         if entry.askers or entry.by_user:
             return []
         del self._entries[event.model]
+        self._splits.end(event.model)
         return self._end_ask(entry)
 
     def _notes(self, event: ModelAwaited, entry: _Entry | None) -> bool:
@@ -151,8 +158,43 @@ class OnDemand:
             entry.asked = None
             entry.answered_at = float("-inf") if event.problem else now
         if event.problem:
-            until = now + max(event.retry_after, self.policy.refused)
-            self._refusals[event.model, event.node] = (until, event.problem)
+            self._note_refusal(event.model, event.node, event.problem, now, event.retry_after)
+
+    def _note_refusal(self, model: ModelName, node: NodeId, why: str, now: float, seconds: float = 0.0) -> None:
+        """A node does not load a model: it is not asked again before something has changed, or time has passed.
+
+        A passive node sees nothing that could change: the node that it asks remembers for it.
+        """
+        split = self._fits_nowhere_alone(model)
+        seconds = 0.0 if self._config.role is Role.CLIENT else max(seconds, self.policy.refused)
+        facts = self._refusal_facts(model, node, split)
+        self._refusals.add(model, node, why, now, now + seconds, facts, split=split)
+
+    def _refusal_facts(self, model: ModelName, node: NodeId, split: bool) -> Hashable:
+        """What a node's answer is built on, as far as it is known here. `split`: other nodes' memory counts, too."""
+        others = self._splits.facts if split else None
+        if node == self._config.node:
+            statuses = tuple((one.model, one.status) for one in self._models.launches)
+            mine = (model in self._models.on_disk, model in self._models.excluded, self._refusal, statuses)
+            return (mine, self.residents.offer(), others)
+        member = self._member(node)
+        if member is None:
+            return others
+        announced = member.announcement
+        statuses = tuple((one.model, one.status) for one in announced.serving)
+        has = any(one.name == model for one in announced.on_disk)
+        return (announced.incarnation, member.suspect, has, statuses, announced.loads, announced.offer, others)
+
+    def _member(self, node: NodeId | None) -> Member | None:
+        return self._by_node.get(node) if node is not None else None
+
+    def _fits_nowhere_alone(self, model: ModelName) -> bool:
+        """Whether no node could load a model alone, whatever it unloads: then it may be split."""
+        facts = self._known(model)
+        if facts is None:
+            return False
+        places = [place for member in self._members if (place := place_of(member)) is not None]
+        return not rank_places(facts, [*places, self.residents.place()], shared=True, fits=self._fits)
 
     def deadline(self) -> float | None:
         """When to evaluate again though nothing happened."""
@@ -187,11 +229,13 @@ class OnDemand:
             now: the time.
             refusal: why this node loads nothing at present, as a clause; empty: it does.
         """
+        if members is not self._members:
+            self._by_node = {one.announcement.node: one for one in members}
         self._members, self._now, self._refusal = members, now, refusal
         self.residents.observe(members, self._entries.keys(), now)
+        self._splits.observe(members, now)
         self._deadline = None
-        kept = [(key, entry) for key, entry in self._refusals.items() if entry[0] > now]
-        self._refusals = dict(kept[-_MOST_REFUSALS:])
+        self._refusals.update(self._refusal_facts, now)
         effects: list[AnyEffect] = []
         before: ModelName | None = None
         for entry in sorted(self._entries.values(), key=lambda one: (one.since, one.model)):
@@ -262,11 +306,11 @@ class OnDemand:
                 return self._load_here(entry, before)
             entry.asked = None
         elif entry.asked is not None:
-            member = next((one for one in self._members if one.announcement.node == entry.asked), None)
+            member = self._member(entry.asked)
             if member is not None and not member.suspect:
                 self._watch(entry, member)
                 return self._look_elsewhere(entry, member), False
-            self._refusals[entry.model, entry.asked] = (self._now + self.policy.refused, "it does not answer")
+            self._note_refusal(entry.model, entry.asked, "it does not answer", self._now)
         effects = self._end_ask(entry)
         for member in self._members:
             if self._loading(member, entry.model) and (entry.model, member.announcement.node) not in self._refusals:
@@ -277,19 +321,32 @@ class OnDemand:
         entry.ranked_at = self._now
         chosen = next(iter(self._ranked(entry)), None) or self._split_host(entry)
         if chosen is None:
-            why = self._why_not(entry)
-            if why == _NOBODY and self._known(entry.model) is not None and self._now < entry.since + _GRACE:
-                # What is known of the other nodes may be late.
-                self._wake(self._now + _RANK_AGAIN)
-                entry.state = Awaited(text="a node is looked for", problem_here=entry.state.problem_here)
-                return effects, False
-            entry.state = Awaited(problem=why, problem_here=entry.state.problem_here)
+            self._find_none(entry)
             return effects, False
         if chosen == me:
             entry.asked = me
             more, waits = self._load_here(entry, before)
             return [*effects, *more], waits
         return [*effects, *self._ask(entry, chosen)], False
+
+    def _find_none(self, entry: _Entry) -> None:
+        """No node is found: wait for what is not known yet, or say why none loads the model."""
+        facts, why = self._known(entry.model), self._why_not(entry)
+        waits_for = ""
+        if why == _NOBODY and facts is not None:
+            chance = self._splits.chance_elsewhere(facts)
+            if chance.waits_for:
+                waits_for = f"{_TO_SPLIT}: {chance.waits_for}"
+            elif not self._splits.still(entry.since, entry.askers):
+                # What is known of the other nodes may be late.
+                waits_for = "a node is looked for"
+            elif chance.outlook is not None and self._fits_nowhere_alone(entry.model):
+                why = f"it fits no node alone. Split over several nodes, {self._splits.short(chance.outlook)}"
+        if waits_for:
+            self._wake(self._now + _RANK_AGAIN)
+            entry.state = Awaited(text=waits_for, problem_here=entry.state.problem_here)
+        else:
+            entry.state = Awaited(problem=why, problem_here=entry.state.problem_here)
 
     def _look_elsewhere(self, entry: _Entry, member: Member) -> list[AnyEffect]:
         """Ask another node, where the one that was asked does not load for long and another has room now."""
@@ -310,7 +367,7 @@ class OnDemand:
     def _has_room(self, node: NodeId, model: ModelName) -> bool:
         """Whether a model fits on another node beside all that is loaded there."""
         facts = self._known(model)
-        member = next((one for one in self._members if one.announcement.node == node), None)
+        member = self._member(node)
         place = place_of(member) if member is not None else None
         if facts is None or place is None:
             return False
@@ -357,14 +414,22 @@ class OnDemand:
             if barred:
                 return barred
             if isinstance(best, LoadRefused):
-                pinned = [launch.model for launch in models.launches if self.residents.is_pinned(launch.model)]
-                return best.message.rstrip(".") + (f"; {_listed(pinned)} is pinned and stays" if pinned else "")
-        labels = {member.announcement.node: member.label for member in self._members}
-        reasons = [(node, why) for (name, node), (_, why) in self._refusals.items() if name == model]
+                return self._refusals.why(model, self._config.node) or self._too_big(facts, best)
+        reasons = self._refusals.of(model)
         if not reasons:
             return _NOBODY
         node, why = reasons[0]
-        return why if node == self._config.node else f"{labels.get(node, node[:10])} does not load it: {why}"
+        member = self._member(node)
+        who = member.label if member is not None else node[:10]
+        return why if node == self._config.node else f"{who} does not load it: {why}"
+
+    def _too_big(self, facts: ModelFacts, refused: LoadRefused, outlook: Outlook | None = None) -> str:
+        """Why a model whose file is here is loaded neither here nor on several nodes together."""
+        pinned = [launch.model for launch in self._models.launches if self.residents.is_pinned(launch.model)]
+        text = refused.message.rstrip(".") + (f"; {_listed(pinned)} is pinned and stays" if pinned else "")
+        if refused.code != "does_not_fit":
+            return text
+        return self._splits.why_not(facts, text, outlook)
 
     # Another node loads.
 
@@ -375,11 +440,11 @@ class OnDemand:
         if entry.asked == node:
             return []
         if (entry.model, node) in self._refusals:
-            entry.state = Awaited(problem=self._refusals[entry.model, node][1])
+            entry.state = Awaited(problem=self._refusals.why(entry.model, node))
             return []
         effects = self._end_ask(entry)
         entry.asked, entry.asked_at = node, self._now
-        member = next((one for one in self._members if one.announcement.node == node), None)
+        member = self._member(node)
         if member is not None:
             self._watch(entry, member)
         else:
@@ -395,6 +460,11 @@ class OnDemand:
         facts = self._known(entry.model)
         seconds = seconds or self.residents.times.expected(entry.model, facts.size_bytes if facts is not None else 0)
         text = f"it is loading on {member.label}" if loading else f"{member.label} was asked to load it"
+        place = place_of(member)
+        if not loading and facts is not None and place is not None and not self._fits(facts, place.room):
+            waits_for = self._splits.chance_elsewhere(facts).waits_for
+            text = f"{member.label} was asked to split it over several nodes"
+            text += f", and waits: {waits_for}" if waits_for else ""
         entry.state = Awaited(text=text, ready_at=entry.asked_at + seconds, problem_here=entry.state.problem_here)
 
     @staticmethod
@@ -429,7 +499,7 @@ class OnDemand:
         residents, leaving = list(self.residents.candidates(entry.askers.keys())), self.residents.leaving()
         best = self.residents.check(facts, [*leaving, *(one.model for one in residents)])
         if isinstance(best, LoadRefused):
-            return self._split_or_refuse(entry, facts, best)
+            return self._split_or_refuse(entry, facts, best, residents, before)
         if before is not None:
             entry.state = Awaited(text=f"it waits, because {before} came first and waits for memory")
             return [], True
@@ -441,7 +511,15 @@ class OnDemand:
                 text=text, ready_at=self._now + self.residents.times.expected(model, facts.size_bytes)
             )
             return [], True
-        return self._make_room(entry, facts, best, residents)
+
+        def fits(chosen: Collection[ModelName]) -> bool:
+            return self.residents.good(self.residents.check(facts, [*leaving, *chosen]), best)
+
+        effects, free = self._make_room(entry, facts, residents, fits)
+        # Where no engine ran, its memory is free at once.
+        if free and self.residents.good(self.residents.check(facts, ()), best):
+            return [*effects, *self._begin(entry, facts)], False
+        return effects, True
 
     def _barred(self, model: ModelName, facts: ModelFacts | None) -> str:
         """Why a model is not loaded here, whatever else is; empty: it may be."""
@@ -454,15 +532,18 @@ class OnDemand:
         return _NOBODY if facts is None else ""
 
     def _make_room(
-        self, entry: _Entry, facts: ModelFacts, best: LaunchOrder, residents: Sequence[Resident]
+        self,
+        entry: _Entry,
+        facts: ModelFacts,
+        residents: Sequence[Resident],
+        fits: Callable[[Collection[ModelName]], bool],
     ) -> tuple[list[AnyEffect], bool]:
-        """Unload what is idle for a model, or wait for its turn. Also returns whether it waits for memory."""
-        models, model, leaving = self._models, entry.model, self.residents.leaving()
+        """Unload what is idle for a model, or wait for its turn. Also returns whether it was unloaded.
+
+        `fits`: whether the model can be loaded once these are unloaded; with all `residents` it can.
+        """
+        models, model = self._models, entry.model
         seconds = self.residents.times.expected(model, facts.size_bytes)
-
-        def fits(chosen: Collection[ModelName]) -> bool:
-            return self.residents.good(self.residents.check(facts, [*leaving, *chosen]), best)
-
         contention = self.residents.contention
         contention.wanted(model, seconds, self._now)
         room = make_room(residents, fits, self.policy, self._now, contention.turns(self._now))
@@ -473,7 +554,7 @@ class OnDemand:
             self._wake(room.at)
             text = f"it takes turns with {names}, because there is no room for both; its turn comes next"
             entry.state = Awaited(text=text, ready_at=room.at + seconds)
-            return [], True
+            return [], False
         entry.state = Awaited(text=f"{names} is unloaded to make room", ready_at=self._now + seconds)
         effects: list[AnyEffect] = []
         for name in room.models:
@@ -482,9 +563,6 @@ class OnDemand:
             effects.append(Notice(level=NoticeLevel.INFO, code="model_unloaded", text=text, about=name))
             effects += models.rest(name, DRAIN, self._now, f"its memory is needed for {model}")
             contention.unloaded(name, self._now)
-        # Where no engine ran, its memory is free at once.
-        if self.residents.good(self.residents.check(facts, ()), best):
-            return [*effects, *self._begin(entry, facts)], False
         return effects, True
 
     def _begin(self, entry: _Entry, facts: ModelFacts) -> list[AnyEffect]:
@@ -514,7 +592,7 @@ class OnDemand:
     def _refuse(self, entry: _Entry, why: str) -> list[AnyEffect]:
         """This node does not load it. Its own requests may find another node."""
         me = self._config.node
-        self._refusals[entry.model, me] = (self._now + self.policy.refused, why)
+        self._note_refusal(entry.model, me, why, self._now)
         if entry.asked == me:
             entry.asked = None
         effects: list[AnyEffect] = []
@@ -527,56 +605,90 @@ class OnDemand:
         self._wake(self._now + _RANK_AGAIN if anywhere else self._now + self.policy.refused)
         return effects
 
-    def _split_or_refuse(self, entry: _Entry, facts: ModelFacts, refused: LoadRefused) -> tuple[list[AnyEffect], bool]:
-        """A model that fits no node alone may be split, where nodes that can do that have the memory together."""
-        models = self._models
-        if models.group_model == entry.model:
+    def _split_or_refuse(
+        self,
+        entry: _Entry,
+        facts: ModelFacts,
+        refused: LoadRefused,
+        residents: Sequence[Resident],
+        before: ModelName | None,
+    ) -> tuple[list[AnyEffect], bool]:
+        """A model that fits no node alone may be split, where nodes that can do that have the memory together.
+
+        What is idle here is unloaded for it. What is not known yet is waited for. Only what the facts exclude is
+        refused. Also returns whether it waits for memory of this node.
+        """
+        models, splits, model = self._models, self._splits, entry.model
+        if not splits.can_begin(model, refused):
+            return self._refuse(entry, self._too_big(facts, refused)), False
+        chance = splits.chance(facts)
+        if entry.by_user or chance.ready:
             entry.state = Awaited(text="it is about to be split over several nodes")
+            self._wake(splits.wakes())
+            if models.group_model == model:
+                return [], False
+            return models.load(model, None, self._now) if entry.by_user else splits.begin(model, self._now), False
+        leaving, idle = self.residents.leaving(), [one.model for one in residents]
+        if leaving and splits.chance(facts, leaving).ready:
+            entry.state = Awaited(text=f"it waits until {_listed(leaving)} has answered its last requests")
+            return [], True
+        best = splits.chance(facts, [*leaving, *idle])
+        if best.ready:
+            return self._make_room_to_split(entry, facts, residents, before)
+        waits_for = chance.waits_for or best.waits_for
+        if waits_for or not splits.still(entry.since, entry.askers):
+            self._wake(splits.wakes())
+            entry.state = Awaited(text=f"{_TO_SPLIT}: {waits_for or 'there may be news of the other nodes'}")
             return [], False
-        if self._can_split(facts, refused):
-            entry.state = Awaited(text="it is about to be split over several nodes")
-            return models.load(entry.model, None, self._now), False
-        return self._refuse(entry, refused.message.rstrip(".")), False
+        splits.end(model)
+        return self._refuse(entry, self._too_big(facts, refused, best.outlook)), False
 
-    def _can_split(self, facts: ModelFacts, refused: LoadRefused) -> bool:
-        """Whether this node may split a model, and the others have the memory that it lacks."""
-        models, memory = self._models, sum(self._split_memory().values())
-        return models.needs_group(facts.name, refused) and 0 < memory >= facts.size_bytes - models.free_bytes
+    def _make_room_to_split(
+        self, entry: _Entry, facts: ModelFacts, residents: Sequence[Resident], before: ModelName | None
+    ) -> tuple[list[AnyEffect], bool]:
+        """Unload what is idle here, so that this node can give enough to a model that is split."""
+        splits, leaving = self._splits, self.residents.leaving()
+        if before is not None:
+            entry.state = Awaited(text=f"it waits, because {before} came first and waits for memory")
+            return [], True
 
-    def _split_memory(self) -> dict[NodeId, int]:
-        """What the other nodes could give to a split model."""
-        offers = ((one.announcement.node, one.announcement.offer) for one in self._members if not one.suspect)
-        return {node: offer.memory_bytes for node, offer in offers if offer is not None and not offer.obstacle}
+        def fits(chosen: Collection[ModelName]) -> bool:
+            return splits.chance(facts, [*leaving, *chosen]).ready
+
+        effects, free = self._make_room(entry, facts, residents, fits)
+        if free and splits.chance(facts).ready:
+            return [*effects, *splits.begin(entry.model, self._now)], False
+        return effects, True
 
     def _split_host(self, entry: _Entry) -> NodeId | None:
         """The node that begins to split a model that fits no node alone: it has the file. None: nobody can."""
-        model, me, facts = entry.model, self._config.node, self._known(entry.model)
+        model, me, facts, splits = entry.model, self._config.node, self._known(entry.model), self._splits
         if facts is None:
             return None
-        models, memory = self._models, self._split_memory()
-        if model in models.on_disk and (model, me) not in self._refusals and not self._barred(model, facts):
-            movable = [one.model for one in self.residents.candidates(entry.askers.keys())]
-            best = self.residents.check(facts, [*self.residents.leaving(), *movable])
-            if models.group_model == model or (isinstance(best, LoadRefused) and self._can_split(facts, best)):
+        if model in self._models.on_disk and (model, me) not in self._refusals and not self._barred(model, facts):
+            idle = [one.model for one in self.residents.candidates(entry.askers.keys())]
+            without = [*self.residents.leaving(), *idle]
+            best = self.residents.check(facts, without)
+            perhaps = isinstance(best, LoadRefused) and splits.can_begin(model, best)
+            if perhaps and (splits.chance(facts, without).possible or not splits.still(entry.since, entry.askers)):
                 return me
-        places = (place for member in self._members if (place := place_of(member)) is not None)
         hosts = [
-            place.node
-            for place in places
-            if model in place.on_disk
-            and place.node in memory
+            (offer.memory_bytes if (offer := member.announcement.offer) is not None else 0, place.node)
+            for member in self._members
+            if (place := place_of(member)) is not None
+            and model in place.on_disk
+            and splits.may_host(member)
             and (model, place.node) not in self._refusals
             and (place.offer.clients or not self._for_clients(entry))
         ]
-        if not hosts or sum(memory.values()) + models.free_bytes < facts.size_bytes:
-            return None
-        return max(hosts, key=lambda node: (memory[node], node))
+        return max(hosts)[1] if hosts and splits.chance_elsewhere(facts).possible else None
 
     def _wake(self, time: float) -> None:
         self._deadline = time if self._deadline is None else min(self._deadline, time)
 
 
 _OFF = "it is not loaded on demand here (--on-demand off)"
+_TO_SPLIT = "it waits to be split over several nodes"
 _NOT_FOR_ALL = "that node loads no models for who asks (--on-demand)"
 
 

@@ -6,15 +6,22 @@ stops what runs here. See `election` for the invariants.
 """
 
 import dataclasses
-from collections.abc import Container, Hashable, Iterator, Sequence
+from collections.abc import Collection, Container, Hashable, Iterator, Sequence
 
 from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
+from mesh_llm.core.placement.fit import CONTEXT_STEP, DoesNotFit, plan_solo
 from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.split.alternative import faster_alone
 from mesh_llm.core.split.eligibility import Barred, Obstacle, to_join
-from mesh_llm.core.split.group import UNREACHED_SECONDS, SplitGroup, SplitInputs, announced_groups, models_elsewhere
+from mesh_llm.core.split.group import (
+    UNREACHED_SECONDS,
+    Counted,
+    SplitGroup,
+    SplitInputs,
+    announced_groups,
+    models_elsewhere,
+)
 from mesh_llm.core.split.layout import MemoryOffer
 from mesh_llm.core.split.outlook import Outlook, clause
 from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
@@ -24,6 +31,8 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, Lending, ModelFacts, ModelStatus, SplitLayout
 
 _GIGABYTE = 10**9
+_ALL_AS_KNOWN = Counted()
+_SMALLEST = LaunchOptions(context=CONTEXT_STEP, slots=1, use_draft=False)
 
 
 class SplitController:
@@ -213,11 +222,36 @@ class SplitController:
                 if found is not None:
                     yield found
 
-    def prospect(self, facts: ModelFacts, members: Sequence[Member]) -> Outlook | None:
-        """What would keep a model from being shared if this node, which has its file, wanted it; None: nothing."""
-        inputs = self._inputs(members)
-        known = {**inputs.on_disk, facts.name: facts}
-        return self.group.prospect(dataclasses.replace(inputs, on_disk=known, wanted=facts.name), facts)
+    def prospect(
+        self,
+        facts: ModelFacts,
+        members: Sequence[Member],
+        *,
+        counted: Counted = _ALL_AS_KNOWN,
+        without: Collection[ModelName] = (),
+    ) -> Outlook | None:
+        """What would keep a model from being shared if this node, which has its file, wanted it; None: nothing.
+
+        `counted`: who counts otherwise than the announcements say. `without`: models that are unloaded here first.
+        """
+
+        def offered(model: ModelName) -> int:
+            return self._models.offered_bytes(model, without)
+
+        known, options = self._inputs(members), self._models.options_for(facts.name)
+        on_disk = {**known.on_disk, facts.name: facts}
+        inputs = dataclasses.replace(known, on_disk=on_disk, wanted=facts.name, options=options, offered=offered)
+        return self.group.prospect(inputs, facts, counted)
+
+    def prospect_elsewhere(
+        self, facts: ModelFacts, members: Sequence[Member], counted: Counted = _ALL_AS_KNOWN
+    ) -> Outlook | None:
+        """The same if another node that has the file wanted it; this node could help.
+
+        Which context that node's user fixed is not known here, so the smallest launch counts.
+        """
+        inputs = dataclasses.replace(self._inputs(members), wanted=None, options=_SMALLEST)
+        return self.group.prospect(inputs, facts, counted)
 
     def _served(self, model: ModelName, members: Sequence[Member]) -> bool:
         """Whether a model is served somewhere, or will be at once: by a node alone, while no group can be formed."""

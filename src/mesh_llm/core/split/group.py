@@ -4,6 +4,7 @@ The host of a group alone decides the layout and announces it; all nodes agree o
 be called at any time. What it leaves behind describes a whole state, so a repeated call changes nothing.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,6 +39,10 @@ from mesh_llm.core.types.model import (
     SplitShare,
 )
 
+_ASSUMED_MS = 1.0
+"""The round trip between two nodes of which nothing is known."""
+_SOME_VERSION = "?"
+"""Of engines that are all still being prepared: they are hoped to be able to pair."""
 UNREACHED_SECONDS = 5.0
 """How long a node may be without a measured way to it until that is reported."""
 
@@ -88,6 +93,18 @@ class SplitInputs:
             return Barred(Obstacle.PENDING)
         own = self.on_disk.get(facts.name)
         return to_join(self.offer, facts, own.fingerprint if own is not None else None, self.offered(facts.name))
+
+
+class Counted(NamedTuple):
+    """Whom a prospect counts otherwise than their announcements say.
+
+    Attributes:
+        hoped: nodes of which something is not known yet, or changes in a moment: they are counted as if it were good.
+        absent: nodes that should have entered the group long ago, and have not: they are not counted on.
+    """
+
+    hoped: Collection[NodeId] = ()
+    absent: Collection[NodeId] = ()
 
 
 class Leadership(NamedTuple):
@@ -205,13 +222,25 @@ class SplitGroup:
         members = [one.member for one in candidates if one.member is not None]
         return survey(_request(facts, inputs, members), candidates)
 
-    def prospect(self, inputs: SplitInputs, facts: ModelFacts) -> Outlook | None:
-        """What would keep a model from running if this node wanted it; None: nothing that is known.
+    def prospect(self, inputs: SplitInputs, facts: ModelFacts, counted: Counted) -> Outlook | None:
+        """What would keep a model from running if it were wanted; None: nothing that is known.
 
-        Nodes in whose way nothing is would join.
+        Nodes in whose way nothing is would join. This node hosts only with workers to which a way was measured; what
+        is not known of the ways between others is assumed to be good.
         """
+        me = self._config.node
+        version = inputs.rpc_version or next(
+            (one.announcement.capacity.rpc_version for one in inputs.members if one.announcement.capacity.rpc_version),
+            _SOME_VERSION,
+        )
         trips = {one.announcement.node: one.rtt_ms for one in inputs.members if one.rtt_ms}
-        barred = inputs.barred(facts)
+        trips |= {node: _ASSUMED_MS for node in counted.hoped if node not in trips}
+        bare = facts.name not in inputs.on_disk
+        able, wish = inputs, self._wish(inputs.options)
+        if me in counted.hoped:
+            offer = msgspec.structs.replace(inputs.offer or SplitOffer(fetches=True), obstacle="")
+            able = dataclasses.replace(inputs, offer=offer, rpc_version=version)
+        barred = able.barred(facts)
         state = SplitState(
             model=facts.name,
             fingerprint=facts.fingerprint,
@@ -219,11 +248,19 @@ class SplitGroup:
             max_rtt_ms=self._config.split.max_rtt_ms,
             round_trips=trips,
             seeds=True,
+            wish=msgspec.structs.replace(wish, shares=()) if bare else wish,
+            bare=bare,
         )
-        candidates = [self._me(inputs, facts, state, barred)]
+        candidates = [self._me(able, facts, state, barred)]
+        ways = {one.announcement.node: _ASSUMED_MS for one in inputs.members}
         for one in inputs.members:
+            node = one.announcement.node
             known = candidate_of(one, facts, silent=one.suspect)
-            candidates.append(known if known.member is not None else would_be(one, known, facts))
+            if known.member is None and node not in counted.absent:
+                to_others = ways | ({me: trips[node]} if node in trips else {})
+                hoped = version if node in counted.hoped else None
+                known = would_be(one, known, facts, round_trips=to_others, hoped=hoped)
+            candidates.append(known)
         members = [one.member for one in candidates if one.member is not None]
         return survey(_request(facts, inputs, members), candidates)
 
@@ -436,13 +473,7 @@ class SplitGroup:
 
     def _own_state(self, inputs: SplitInputs, facts: ModelFacts, working: Collection[NodeId], now: float) -> SplitState:
         split, layout = self._config.split, self.leadership.layout if self.leadership is not None else None
-        wants, options = inputs.wanted == facts.name, inputs.options
-        preferences = SplitPreferences(
-            context=options.context or 0,
-            slots=options.slots or 0,
-            shares=split.shares,
-            cache_type="" if options.cache_type in {AUTO_CACHE, "f16"} else options.cache_type,
-        )
+        wants = inputs.wanted == facts.name
         return SplitState(
             model=facts.name,
             fingerprint=facts.fingerprint,
@@ -454,8 +485,17 @@ class SplitGroup:
             term=layout.term if layout is not None else self._term,
             leads=layout is not None,
             shares=layout.shares if layout is not None else (),
-            wish=preferences if wants else SplitPreferences(),
+            wish=self._wish(inputs.options) if wants else SplitPreferences(),
             bare=facts.name not in inputs.on_disk,
+        )
+
+    def _wish(self, options: LaunchOptions) -> SplitPreferences:
+        """What the user of this node fixed by hand."""
+        return SplitPreferences(
+            context=options.context or 0,
+            slots=options.slots or 0,
+            shares=self._config.split.shares,
+            cache_type="" if options.cache_type in {AUTO_CACHE, "f16"} else options.cache_type,
         )
 
     def wake(self, time: float | None) -> None:

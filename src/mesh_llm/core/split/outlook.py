@@ -6,17 +6,18 @@ status, the console, the body of a 503, and `mesh-llm plan`.
 
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
 from mesh_llm.core.split.election import Elected, TooSmall, elect
-from mesh_llm.core.split.eligibility import Barred, GroupMember, Obstacle, to_count, why_absent
+from mesh_llm.core.split.eligibility import Barred, GroupMember, Obstacle, to_count, to_join, why_absent
 from mesh_llm.core.split.layout import SplitRequest, group_fits
-from mesh_llm.core.types.announcement import Member, SplitState
+from mesh_llm.core.types.announcement import Announcement, Member, SplitOffer, SplitState
 from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import ModelFacts
+from mesh_llm.core.types.model import ModelFacts, ModelStatus
 
 _MOST_NAMED = 6
 _MOST_EXPLAINED = 3
@@ -75,31 +76,58 @@ def candidate_of(member: Member, facts: ModelFacts, *, silent: bool) -> Candidat
     )
 
 
-def would_be(member: Member, known: Candidate, facts: ModelFacts) -> Candidate:
+def would_be(
+    member: Member,
+    known: Candidate,
+    facts: ModelFacts,
+    *,
+    round_trips: Mapping[NodeId, float] = MappingProxyType({}),
+    hoped: str | None = None,
+) -> Candidate:
     """A node without a part in a group, as it would be if the model were wanted: it enters where nothing is in its way.
 
-    `known`: what it is now.
+    Args:
+        member: the node.
+        known: what it is now.
+        facts: the model.
+        round_trips: to all others, in milliseconds, as far as they are known or assumed; without them it hosts nothing.
+        hoped: the RPC version that it is hoped to have, where something of it is not known yet that may keep it out;
+            None: what is known counts.
     """
     announced, offer = member.announcement, member.announcement.offer
-    pending = known.barred is not None and known.barred.code == Obstacle.PENDING
-    if not pending or offer is None:
+    if hoped is not None:
+        offer = msgspec.structs.replace(
+            offer or SplitOffer(memory_bytes=announced.capacity.memory_bytes, fetches=True), obstacle=""
+        )
+        files = (one.fingerprint for one in announced.on_disk if one.name == facts.name)
+        barred = to_join(offer, facts, next(files, None), _soon(announced, offer))
+        if barred is not None:
+            return msgspec.structs.replace(known, barred=barred)
+    elif offer is None or known.barred is None or known.barred.code != Obstacle.PENDING:
         return known
-    if member.suspect:
+    elif member.suspect:
         return msgspec.structs.replace(known, barred=Barred(Obstacle.SILENT))
     state = SplitState(
         model=facts.name,
         fingerprint=facts.fingerprint,
-        memory_bytes=offer.memory_bytes,
+        memory_bytes=offer.memory_bytes if hoped is None else _soon(announced, offer),
+        round_trips=dict(round_trips),
         bare=all(one.name != facts.name for one in announced.on_disk),
     )
     part = GroupMember(
         node=announced.node,
         state=state,
-        rpc_version=announced.capacity.rpc_version,
+        rpc_version=announced.capacity.rpc_version or hoped or "",
         name=member.label,
         gives=announced.shares,
     )
-    return msgspec.structs.replace(known, member=part, barred=None)
+    return msgspec.structs.replace(known, member=part, barred=None, memory_bytes=state.memory_bytes)
+
+
+def _soon(announced: Announcement, offer: SplitOffer) -> int:
+    """What a node could give once the engines that it stops have ended."""
+    stopping = sum(one.size_bytes for one in announced.serving if one.status is ModelStatus.STOPPING)
+    return min(announced.capacity.memory_bytes, offer.memory_bytes + stopping)
 
 
 class Participant(msgspec.Struct, frozen=True, kw_only=True):

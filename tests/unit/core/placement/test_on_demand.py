@@ -4,11 +4,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.support.core_values import GB, facts, member, node_id, of_kind, serving
+from tests.support.core_values import GB, facts, member, node_id, serving
 from tests.support.on_demand import LOADS, OTHER, THIRD, Machine
 
 from mesh_llm.core.config import OnDemandPolicy
-from mesh_llm.core.types.announcement import LoadOffer, Serving, SplitOffer
+from mesh_llm.core.types.announcement import LoadOffer, Serving
 from mesh_llm.core.types.effects import (
     AskForLoad,
     EndAsk,
@@ -23,8 +23,6 @@ from mesh_llm.core.types.events import (
     LoadRequested,
     ModelsChanged,
     RoutesLearned,
-    RpcChanged,
-    SplitScope,
     TargetFailed,
 )
 from mesh_llm.core.types.ids import ModelName
@@ -339,44 +337,6 @@ def test_the_next_node_is_asked_if_one_will_not() -> None:
     # The reason names the node that gave it.
     names = [f"{one.label} does not load it: it is full" for one in machine.peers.present]
     assert machine.state("red").problem.startswith(tuple(names))
-
-
-@pytest.mark.parametrize("memory", [3.0, 0.5])
-def test_what_fits_no_node_alone_is_split_where_the_memory_is_enough_together(memory: float) -> None:
-    machine = Machine(memory=3.0, disk=("red",))
-    machine.do(RpcChanged(rpc_version="8.0.0"))
-    machine.do(SplitScope(granted=True, scope="split"))
-    size = int(memory * GB)
-    loads = LoadOffer(free_bytes=size, room_bytes=size)
-    machine.peers.set(member(2, loads=loads, offer=SplitOffer(memory_bytes=size)))
-    machine.wait(1.0)
-    machine.asks("red")
-    if memory == 3.0:
-        assert machine.state("red").text == "it is about to be split over several nodes"
-        split = machine.peers.published[-1].split
-        assert split is not None
-        assert (split.model, split.seeds) == ("red", True)
-    else:
-        assert "does not fit" in machine.state("red").problem
-        assert machine.peers.published[-1].split is None
-
-
-def test_a_node_with_the_file_is_asked_to_split_what_fits_no_node_alone() -> None:
-    machine = Machine(memory=3.0, disk=())
-    machine.do(RpcChanged(rpc_version="8.0.0"))
-    machine.do(SplitScope(granted=True, scope="split"))
-    loads = LoadOffer(free_bytes=3 * GB, room_bytes=3 * GB)
-    has = member(2, loads=loads, offer=SplitOffer(memory_bytes=3 * GB), on_disk=(facts("red", 4.0),))
-    barred = member(3, loads=loads, offer=SplitOffer(obstacle="scope"), on_disk=(facts("red", 4.0),))
-    machine.peers.set(barred)
-    machine.wait(1.0)
-    assert not of_kind(machine.asks("red"), AskForLoad)
-    machine.wait(10.0)
-    machine.asks("red", 0)
-    machine.peers.set(barred, has)
-    machine.wait(1.0)
-    (ask,) = of_kind(machine.asks("red"), AskForLoad)
-    assert (ask.node, ask.model) == (OTHER, "red")
 
 
 def test_another_node_is_asked_where_the_first_does_not_load_for_long() -> None:
