@@ -62,7 +62,8 @@ async def test_a_request_splits_a_model_that_fits_no_node_alone(
     assert "Add a machine, or take a smaller model" in refused.text
     joins = {"join": [await split_invite(host)], "models_dir": tmp_path / "empty"}
     worker = await start_node("b", models=["tiny"], arguments=arguments, lab=lab, host=1, ready=False, **joins)
-    await until(worker, alive(1), "seeing the other", 60.0)
+    await worker.process.line(r"^mesh: joined", 60.0)
+    await until(worker, alive(1), "seeing the other")
     # At once: little is known of the worker, which has not got the file. The host has just refused.
     both = await asyncio.gather(chat(worker, "big"), chat(host, "big"))
     assert len({content(one) for one in both}) == 1
