@@ -11,7 +11,7 @@ from mesh_llm.core.config import NodeConfig, OnDemandPolicy
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.events import AnyEvent, RpcChanged, SplitScope, Started, Tick
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.types.model import Capacity, ModelFacts
+from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts
 
 
 def simulated(**options: Any) -> dict[str, Any]:
@@ -53,6 +53,7 @@ BIG = ModelFacts(
     name=ModelName("big"), size_bytes=4 * GB, layers=16, context_train=4096, embedding_length=1024, vocabulary=32_000,
     kv_bytes_per_token=16_384, fingerprint="print-big",
 )  # fmt: skip
+NO_OPTIONS = LaunchOptions()
 CAN_SHARE = RpcChanged(rpc_version="8.0.0")
 BUILDING = RpcChanged(rpc_version="", obstacle="building")
 
@@ -78,11 +79,18 @@ class Joined(Simulation):
         super().__init__(argparse.Namespace(**options, minutes=0.0))
         self.board = LateWays(0.3)
 
-    def start(self, number: int, *events: AnyEvent, disk: tuple[ModelFacts, ...] = (), joins: bool = True) -> Machine:
+    def start(
+        self,
+        number: int,
+        *events: AnyEvent,
+        disk: tuple[ModelFacts, ...] = (),
+        joins: bool = True,
+        options: LaunchOptions = NO_OPTIONS,
+    ) -> Machine:
         node = NodeId(f"{number:064x}")
         config = NodeConfig(
             node=node, mesh=MeshId("5" * 64), name=f"node{number}", incarnation=Incarnation(1), joins=joins,
-            on_demand=OnDemandPolicy(scope="members"), shares=True, can_fetch=True,
+            on_demand=OnDemandPolicy(scope="members"), shares=True, can_fetch=True, options=options,
         )  # fmt: skip
         one = self.machines[node] = Machine(Node(config, self.random, BoardPeers(node, self.board)), node)
         version = next(event.rpc_version for event in events if isinstance(event, RpcChanged))
@@ -128,8 +136,10 @@ def test_a_request_at_a_machine_that_has_just_joined_waits_until_the_model_is_sp
 
 def test_a_request_that_is_repeated_after_a_refusal_is_answered_as_soon_as_a_third_machine_has_come() -> None:
     mesh = Joined()
-    small = msgspec.structs.replace(BIG, size_bytes=7 * GB)
-    has = mesh.start(1, CAN_SHARE, SplitScope(granted=True), disk=(small,), joins=False)
+    bigger = msgspec.structs.replace(BIG, size_bytes=53 * GB // 10)
+    # Only the host knows what context its user wants: it refuses, and the other one remembers that.
+    options = LaunchOptions(context=4096, slots=8)
+    has = mesh.start(1, CAN_SHARE, SplitScope(granted=True), disk=(bigger,), joins=False, options=options)
     asks = mesh.start(2, CAN_SHARE, SplitScope(granted=True))
     for one in (has, asks):
         mesh.later(0.0, lambda one=one: mesh.look_on(one))
@@ -137,6 +147,7 @@ def test_a_request_that_is_repeated_after_a_refusal_is_answered_as_soon_as_a_thi
     mesh.send(asks, Asking(BIG.name, mesh.now))
     mesh.until(15.0)
     assert mesh.failed == 1
+    assert "node1 does not load it: big does not fit" in next(iter(mesh.problems))
     mesh.start(3, CAN_SHARE, SplitScope(granted=True))
     third = mesh.machines[NodeId(f"{3:064x}")]
     mesh.later(0.0, lambda: mesh.look_on(third))
