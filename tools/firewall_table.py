@@ -40,6 +40,8 @@ release differs. Before a new release is pinned, `make rpc-kernels` lists what m
 - The type is known, each row consists of whole blocks, the address is aligned for the type, and strides are whole
   elements.
 - The tensor's extent, computed with 64 bits, lies in a buffer that this connection allocated.
+- Weights that several engines of one host share are read-only. No request writes to them, and no graph has a result in
+  them; what an engine sets there must be what is there.
 - A view lies where its source and its offset say.
 
 ## Rules for every graph

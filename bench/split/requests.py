@@ -7,6 +7,7 @@ by themselves: stand-ins would end them at once.
 import asyncio
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tests.support.http import HttpClient
@@ -39,8 +40,8 @@ async def read_prompt(client: HttpClient, tokens: int, seed: int) -> dict[str, A
     return {"text": answer["choices"][0]["text"], "first_s": taken, "prompt_ms": timings["prompt_ms"]}
 
 
-async def ask_all(client: HttpClient, streams: int, tokens: int, seed: int) -> dict[str, Any]:
-    """`streams` answers of `tokens` tokens at once.
+async def ask_all(clients: Sequence[HttpClient], streams: int, tokens: int, seed: int) -> dict[str, Any]:
+    """`streams` answers of `tokens` tokens at once, of several engines in turn.
 
     Returns:
         `together`: tokens per second of all, from the first request to the last answer's end.
@@ -48,7 +49,10 @@ async def ask_all(client: HttpClient, streams: int, tokens: int, seed: int) -> d
         `texts`: all answers.
     """
     began = time.perf_counter()
-    requests = [client.post("/v1/completions", _body(CLIENT_PROMPT, tokens, seed + one)) for one in range(streams)]
+    requests = [
+        clients[one % len(clients)].post("/v1/completions", _body(CLIENT_PROMPT, tokens, seed + one))
+        for one in range(streams)
+    ]
     answers = [answer.expect().json() for answer in await asyncio.gather(*requests)]
     taken = time.perf_counter() - began
     return {

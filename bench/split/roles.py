@@ -44,6 +44,7 @@ from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.split.host.session import OpenStream, SplitHost, WorkerTarget
 from mesh_llm.split.worker.session import RpcServer, SplitWorker, WorkerServices
+from mesh_llm.wire.ggml_rpc.tunnel import SESSION_BYTES
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 from mesh_llm.wire.mesh.streams import Facts
@@ -190,8 +191,10 @@ class Host(Role):
         await net.start()
         self.index = DigestIndex(self.digests)
         self.index.add_main(self.model, self.digests.get(self.model))
-        self.split: SplitHost | None = None
+        self.splits: list[SplitHost] = []
         self.counters: list[StockCounter] = []
+        self.engines: list[RunningEngine] = []
+        self.clients: list[HttpClient] = []
         say({"token": net.create_invite("split", 3600.0, None).token, "node": net.node_id})
         await self.answer({
             "link": self.link, "solo": self._solo, "stock": self._stock, "ours": self._ours, "stand_in": self.stand_in,
@@ -224,8 +227,19 @@ class Host(Role):
         return await self._start(self.stock("engine", self._spec(words).to_json(), self.plugin, *addresses))
 
     async def _ours(self, words: Answer) -> Answer:
+        groups: int = words.get("groups", 1)
+        pool = os.urandom(SESSION_BYTES) if groups > 1 else b""
+        answers: list[Answer] = []
+        for _ in range(groups):
+            answers.append(await self._one_of_ours(words, pool))
+            if "error" in answers[-1]:
+                return answers[-1]
+        return {**answers[0], "load_s": sum(answer["load_s"] for answer in answers)}
+
+    async def _one_of_ours(self, words: Answer, pool: bytes) -> Answer:
         began = time.perf_counter()
-        split = self.split = SplitHost(rpc=RPC_VERSION, weights=self.index, push=words["push"])
+        split = SplitHost(rpc=RPC_VERSION, weights=self.index, push=words["push"], pool=pool)
+        self.splits.append(split)
         targets = [
             WorkerTarget(name=f"w{number}", address=node, open_stream=self._opener(NodeId(node)))
             for number, node in enumerate(words["workers"])
@@ -262,35 +276,36 @@ class Host(Role):
         ready = await engine.ready()
         if not isinstance(ready, EngineReadyInfo):
             return {"error": ready.reason}
-        self.engine = engine
-        self.client = HttpClient(int(ready.address.rpartition(":")[2]), timeout=1800)
+        self.engines.append(engine)
+        self.clients.append(HttpClient(int(ready.address.rpartition(":")[2]), timeout=1800))
         return {"load_s": time.perf_counter() - began}
 
     async def _ask(self, words: Answer) -> Answer:
         body = {"prompt": PROMPT, "max_tokens": words["tokens"], "temperature": 0}
-        answer = (await self.client.post("/v1/completions", body)).expect().json()
+        answer = (await self.clients[0].post("/v1/completions", body)).expect().json()
         timings = answer["timings"]
         return {"text": answer["choices"][0]["text"], "ms_per_token": timings["predicted_per_token_ms"]}
 
     async def _prompt(self, words: Answer) -> Answer:
-        return await read_prompt(self.client, words["tokens"], words["seed"])
+        return await read_prompt(self.clients[0], words["tokens"], words["seed"])
 
     async def _clients(self, words: Answer) -> Answer:
-        return await ask_all(self.client, words["streams"], words["tokens"], words["seed"])
+        return await ask_all(self.clients, words["streams"], words["tokens"], words["seed"])
 
     async def _stats(self, _: Answer) -> Answer:
-        if self.split is not None:
-            return asdict(self.split.stats().total)
+        if self.splits:
+            return asdict(self.splits[0].stats().total)
         return {
             "requests": sum(counter.counts.requests for counter in self.counters),
             "round_trips": sum(counter.counts.round_trips for counter in self.counters),
         }
 
     async def _end(self, _: Answer) -> Answer:
-        await self.engine.stop(0.5)
-        if self.split is not None:
-            await self.split.close()
-            self.split = None
+        for engine in self.engines:
+            await engine.stop(0.5)
+        for split in self.splits:
+            await split.close()
+        self.engines, self.clients, self.splits = [], [], []
         for counter in self.counters:
             await counter.close()
         self.counters = []

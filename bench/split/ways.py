@@ -40,6 +40,7 @@ WAYS = {
     "stock": "stock RPC",
     "pipelined": "stock RPC, pipelined",
     "ours": "mesh-llm",
+    "groups": "mesh-llm, groups",
 }
 
 
@@ -58,7 +59,11 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     found.add_argument("--machines", type=numbers, default=[3], help="how many share the model, as in 2,3,4,8")
     found.add_argument("--delays", default="0", help="one way, ms")
     found.add_argument("--megabits", type=float, default=0.0, help="rate of each link, Mbit/s; 0: no limit")
-    found.add_argument("--ways", default=list(WAYS), type=lambda words: words.split(","))
+    found.add_argument(
+        "--ways", default=[way for way in WAYS if way != "groups"], type=lambda words: words.split(","),
+        help=f"of {', '.join(WAYS)}",
+    )  # fmt: skip
+    found.add_argument("--groups", type=int, default=0, help="engines over one split; 0: as many as machines")
     found.add_argument("--rounds", type=int, default=3)
     found.add_argument("--micro-batch", type=int, default=0, help=f"of all ways; 0: {WHOLE}, and what mesh-llm chooses")
     found.add_argument("--model", help="a generated model; long (160 MB) by default, stand-in for stand-ins")
@@ -120,7 +125,7 @@ class Runs:
 
         From this machine's speed, measured now, and the links'; with stand-ins from what is set.
         """
-        if way not in {"solo", "ours"}:
+        if way not in {"solo", "ours", "groups"}:
             return None
         arguments, facts = self.arguments, self._facts
         if arguments.stand_in:
@@ -181,7 +186,10 @@ class Runs:
                 loaded = host.say("stock", addresses=[here, *addresses], shares=layers, pipelined=True, **words)
             case _:
                 nodes = lab.nodes[: machines - 1]
-                loaded = host.say("ours", workers=nodes, shares=layers[1:], push=True, **words)
+                groups = (self.arguments.groups or machines) if way == "groups" else 1
+                # Each with its part of the slots.
+                words["slots"] = -(-slots // groups)
+                loaded = host.say("ours", workers=nodes, shares=layers[1:], push=True, groups=groups, **words)
         try:
             yield loaded
         finally:

@@ -28,7 +28,7 @@ from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.engine.supervisor import Exit, Supervisor
 from mesh_llm.runtime.local_socket import PrivateDirectory
 from mesh_llm.runtime.network import connect_to, is_other_users
-from mesh_llm.split.worker.tunnel import RpcClient
+from mesh_llm.split.worker.rpc_client import RpcClient
 
 __all__ = ["embedded", "rpc_embedded", "supervisor"]
 

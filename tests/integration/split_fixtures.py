@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,20 @@ class Split:
     workers: list[LabWorker]
     endpoints: tuple[str, ...]
     engines: int = 0
+    weights: DigestIndex | None = None
+    pool: bytes = b""
+
+    @asynccontextmanager
+    async def another(self) -> AsyncGenerator["Split"]:
+        """One more session with the same workers, for an engine that shares the weights."""
+        host = SplitHost(rpc=RPC_VERSION, weights=self.weights, pool=self.pool)
+        try:
+            endpoints = await host.start(
+                [worker.target() for worker in self.workers], sockets=self.supervisor.private()
+            )
+            yield replace(self, host=host, endpoints=endpoints, engines=self.engines + 10)
+        finally:
+            await host.close()
 
     async def start(self, model: Path, **changes: object) -> RunningEngine:
         """Start the host's engine."""
@@ -78,11 +92,13 @@ async def split(
     offer: DigestIndex | None = None,
     own: DigestIndex | None = None,
     change: Callable[[list[LabWorker]], None] | None = None,
+    pool: bytes = b"",
 ) -> AsyncGenerator[Split]:
     """A group of `count` workers that have the same model."""
     digests = await asyncio.to_thread(compute, model)
     workers: list[LabWorker] = []
-    host = SplitHost(rpc=RPC_VERSION, weights=own or index_of(model, digests), push=push)
+    weights = own or index_of(model, digests)
+    host = SplitHost(rpc=RPC_VERSION, weights=weights, push=push, pool=pool)
     try:
         for number in range(count):
             launch = launcher(supervisor, source, f"worker{number}")
@@ -92,7 +108,7 @@ async def split(
         if change is not None:
             change(workers)
         endpoints = await host.start([worker.target() for worker in workers], sockets=supervisor.private())
-        yield Split(supervisor, source, host, workers, endpoints)
+        yield Split(supervisor, source, host, workers, endpoints, weights=weights, pool=pool)
     finally:
         await host.close()
         for worker in workers:

@@ -15,8 +15,9 @@ from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.host.transfers import DirectTransfers
 from mesh_llm.split.host.tunnel import HostTunnel, WorkerContext
 from mesh_llm.split.host.worker_info import WorkerInfo, WorkerStats
+from mesh_llm.split.worker.rpc_client import RpcClient
 from mesh_llm.split.worker.transfers import PushSender, TransferInbox
-from mesh_llm.split.worker.tunnel import RpcClient, SessionContext, WorkerTunnel
+from mesh_llm.split.worker.tunnel import SessionContext, WorkerTunnel
 from mesh_llm.wire.ggml_rpc.protocol import REQUEST_HEADER, SET_TENSOR_HEAD, V8, Command, request
 from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import KEY_BYTES, REFERENCE, DeviceFacts, Reference, Undelivered

@@ -79,6 +79,7 @@ class _Check:
         self._order = {node: number for number, node in enumerate(graph.nodes)}
         self._uses: dict[tuple[int, int, int], int] = {}
         self._written = AddressSet()
+        self._targets: set[int] = set()
         self._made = ValueRanges()
         self._cost = 0
 
@@ -94,6 +95,8 @@ class _Check:
                 raise RefusedError("a graph with a node that is no tensor of it")
             if tensor.op not in IDLE:
                 self._check_node(tensor)
+        for buffer in self._targets:
+            self._buffers.wrote(buffer)
         uses = tuple(IndexUse(start, end, kind, bound) for (start, end, kind), bound in self._uses.items())
         return CheckedGraph(uses, self._written, len(self._graph.tensors))
 
@@ -219,6 +222,7 @@ class _Check:
         tracked = tensor.type in _TRACKED and tensor.is_contiguous
         values = self._values(rule, tensor, operands[: len(rule.operands)]) if tracked else None
         self._written.add(start, end)
+        self._targets.add(tensor.buffer)
         if values is None:
             self._made.drop(start, end)
         else:

@@ -10,6 +10,7 @@ when the host sets it, or when the graph makes it (sorting, clamping). Any other
 """
 
 import struct
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -67,6 +68,10 @@ class Buffers:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._by_pointer: dict[int, Buffer] = {}
+        self._written: set[int] = set()
+        self._read_only: set[int] = set()
+        # Large graphs are checked in other threads.
+        self._lock = threading.Lock()
         self._count = 0
         self.total = 0
 
@@ -77,15 +82,48 @@ class Buffers:
         """Whether `size` more bytes may be allocated."""
         return self.total + size <= self._limit and len(self._by_pointer) < _MAX_BUFFERS
 
-    def add(self, buffer: Buffer) -> None:
+    def add(self, buffer: Buffer, *, read_only: bool = False) -> None:
         """Count a buffer that the rpc-server allocated."""
         self._count += 1
         self._by_pointer[buffer.pointer] = replace(buffer, shift=self._count << _ADDRESS_BITS)
         self.total += buffer.size
+        if read_only:
+            self._read_only.add(buffer.pointer)
 
     def remove(self, pointer: int) -> None:
         """Forget a buffer that is there."""
         self.total -= self._by_pointer.pop(pointer).size
+        self._written.discard(pointer)
+        self._read_only.discard(pointer)
+
+    # Weights that several engines share are read-only for all of them.
+
+    def is_written(self, pointer: int) -> bool:
+        """Whether a buffer was written otherwise than tensor by tensor, as weights are; or is not there any more."""
+        return pointer in self._written or pointer not in self._by_pointer
+
+    def is_read_only(self, pointer: int) -> bool:
+        """Whether a buffer may not be written."""
+        return pointer in self._read_only
+
+    def seal(self, buffer: Buffer) -> bool:
+        """From now on it may not be written; False if it was written otherwise than weights are."""
+        with self._lock:
+            if self.is_written(buffer.pointer):
+                return False
+            self._read_only.add(buffer.pointer)
+            return True
+
+    def check_writable(self, pointer: int) -> None:
+        """A tensor may be set in a buffer."""
+        if pointer in self._read_only:
+            raise RefusedError(f"a write to buffer {pointer:#x}, whose weights other engines use")
+
+    def wrote(self, pointer: int) -> None:
+        """A buffer is about to be written otherwise than weights are: cleared, copied to, or by a graph."""
+        with self._lock:
+            self.check_writable(pointer)
+            self._written.add(pointer)
 
     def get(self, pointer: int) -> Buffer:
         """The buffer with this name. The rpc-server would follow any other value as a pointer."""

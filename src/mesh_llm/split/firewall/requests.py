@@ -31,7 +31,7 @@ from mesh_llm.wire.ggml_rpc.tunnel import MAX_PUSH, Reference, tunnel_bounds
 _U64 = struct.Struct("<Q")
 _REGION = struct.Struct("<QQ")
 _REGION_2D = struct.Struct("<QQQQ")
-_MAX_GRAPHS = 1024
+MAX_GRAPHS = 1024
 """As many as the rpc-server keeps (GRAPH_CACHE_MAX); both sides then drop all of them."""
 MAX_GRAPH_TENSORS = 4 << 20
 """Tensors of all graphs that the rpc-server keeps; about 1.5 GB of its memory."""
@@ -93,7 +93,7 @@ class Firewall:
             Command.GET_TENSOR_2D: self._get_2d,
             Command.MEMSET_TENSOR: self._memset,
             Command.COPY_TENSOR: self._copy,
-            Command.INIT_TENSOR: self._initialize,
+            Command.INIT_TENSOR: self.check_initialize,
             Command.GET_ALLOC_SIZE: self._allocation_size,
             Command.GRAPH_COMPUTE: self._compute,
             Command.GRAPH_RECOMPUTE: self._recompute,
@@ -111,9 +111,9 @@ class Firewall:
             return None
         return tunnel_bounds(command) or request_bounds(command, self.version)
 
-    def allocated(self, buffer: Buffer) -> None:
-        """The rpc-server allocated a buffer."""
-        self.buffers.add(buffer)
+    def allocated(self, buffer: Buffer, *, read_only: bool = False) -> None:
+        """The rpc-server allocated a buffer. `read_only`: for another engine, whose weights are in it."""
+        self.buffers.add(buffer, read_only=read_only)
 
     def check(self, command: int, payload: memoryview) -> None:
         """A whole request of ggml's own, with its data if it has some."""
@@ -124,9 +124,14 @@ class Firewall:
 
     # Data in and out
 
-    def check_set(self, head: memoryview, data: memoryview | None, size: int) -> None:
-        """SET_TENSOR by its first bytes; `data` if all of it is there already."""
+    def check_set(self, head: memoryview, data: memoryview | None, size: int, *, same: bool = False) -> None:
+        """SET_TENSOR by its first bytes; `data` if all of it is there already.
+
+        `same`: it is not passed on, but compared with what is there.
+        """
         tensor = unpack(head)
+        if not same:
+            self.buffers.check_writable(tensor.buffer)
         (offset,) = _U64.unpack_from(head, TENSOR_BYTES + 1)
         if head[TENSOR_BYTES] > 1:
             raise RefusedError("a SET_TENSOR with an unknown flag")
@@ -138,7 +143,10 @@ class Firewall:
         offset, size, copies, stride = _REGION_2D.unpack_from(head, TENSOR_BYTES)
         if size * copies != data_size:
             raise RefusedError(f"{copies} pieces of {size} bytes in {data_size}")
-        self._indices.forget(*self._strided(unpack(head), offset, size, copies, stride))
+        tensor = unpack(head)
+        region = self._strided(tensor, offset, size, copies, stride)
+        self.buffers.wrote(tensor.buffer)
+        self._indices.forget(*region)
 
     def check_get(self, payload: memoryview) -> int:
         """GET_TENSOR; returns the number of bytes that are read."""
@@ -161,7 +169,9 @@ class Firewall:
         return self.buffers.check_region(tensor, offset, (copies - 1) * stride + size)
 
     def _memset(self, payload: memoryview) -> None:
-        region = self.buffers.check_region(unpack(payload), *_REGION.unpack_from(payload, TENSOR_BYTES))
+        tensor = unpack(payload)
+        region = self.buffers.check_region(tensor, *_REGION.unpack_from(payload, TENSOR_BYTES))
+        self.buffers.wrote(tensor.buffer)
         self._indices.forget(*region)
 
     def _copy(self, payload: memoryview) -> None:
@@ -172,6 +182,7 @@ class Firewall:
             raise RefusedError(f"a copy of {source.extent} bytes into {target.extent}")
         if source.data != target.data and overlap(source, target):
             raise RefusedError("a copy of a tensor over a part of itself")
+        self.buffers.wrote(target.buffer)
         self._indices.forget(*self.buffers.place(target))
 
     # The tunnel's own requests
@@ -195,6 +206,7 @@ class Firewall:
             raise RefusedError(f"{size} bytes to be waited for")
         parsed = unpack(tensor)
         start, end = self.buffers.check_region(parsed, offset, size)
+        self.buffers.wrote(parsed.buffer)
         self._indices.wrote(start, end, parsed.type, None)
         return is_index(parsed.type)
 
@@ -204,24 +216,34 @@ class Firewall:
         start = self.buffers.place(parsed)[0] + offset
         self._indices.wrote(start, start + len(data), parsed.type, data)
 
-    def check_reference(self, reference: Reference, size: int) -> Tensor:
-        """A tensor to be filled with content of `size` bytes; returns it as SET_TENSOR describes it."""
+    def check_reference(self, reference: Reference, size: int, *, same: bool = False) -> Tensor:
+        """A tensor to be filled with content of `size` bytes; returns it as SET_TENSOR describes it.
+
+        `same`: it is not filled, but compared with what is there.
+        """
         kind = GGML_TYPES.get(reference.type)
         if kind is None or reference.shape[0] % kind.block:
             raise RefusedError(f"a reference for a tensor of type {reference.type} and shape {reference.shape}")
         tensor = plain(reference.type, reference.shape, reference.buffer, reference.data)
         if tensor.extent != size:
             raise RefusedError(f"a reference to {size} bytes for a tensor of {tensor.extent}")
+        if not same:
+            self.buffers.check_writable(tensor.buffer)
         self._indices.forget(*self.buffers.check_region(tensor, 0, size))
         return tensor
 
     # Buffers and devices
 
-    def _initialize(self, payload: memoryview) -> None:
-        self.buffers.check_allocated(unpack(payload))
+    def check_initialize(self, payload: memoryview, *, same: bool = False) -> None:
+        """INIT_TENSOR, which may write behind the rows of a tensor. `same`: it is not passed on."""
+        tensor = unpack(payload)
+        self.buffers.check_allocated(tensor)
+        if not same:
+            self.buffers.check_writable(tensor.buffer)
 
     def _clear(self, payload: memoryview) -> None:
         buffer = self.buffers.get(_U64.unpack_from(payload)[0])
+        self.buffers.wrote(buffer.pointer)
         self._indices.forget(*buffer.places)
 
     def _free(self, payload: memoryview) -> None:
@@ -290,7 +312,7 @@ class Firewall:
         if self.version.major >= V8.major:
             if not uid:
                 return
-            if len(graphs) >= _MAX_GRAPHS:
+            if len(graphs) >= MAX_GRAPHS:
                 self._graph_tensors -= sum(size for _, size in graphs.values())
                 graphs.clear()
         before = graphs.get(uid, (None, 0))[1]

@@ -107,14 +107,17 @@ class SplitEnd:
 class SplitHost:
     """All workers of one engine."""
 
-    def __init__(self, *, rpc: str, weights: Weights | None, push: bool = True) -> None:
+    def __init__(self, *, rpc: str, weights: Weights | None, push: bool = True, pool: bytes = b"") -> None:
         """Nothing is started yet.
 
         Args:
             rpc: the protocol version of this machine's engine, as in `8.0.0`.
             weights: the model's tensors on this disk; None sends everything.
             push: let workers send activations to each other.
+            pool: SESSION_BYTES that nobody can guess, the same for engines that share their weights; empty for one
+                alone. Start each after the one before has loaded.
         """
+        self._pool = pool
         self._rpc = rpc
         self._weights = weights
         self._push = push
@@ -148,7 +151,7 @@ class SplitHost:
             WorkerError: a worker cannot be used; its number is its place among the targets. Everything is closed then.
         """
         self._links = [
-            WorkerLink(number, target, self._transfers, self._compressed, self._failed, self._received)
+            WorkerLink(number, target, self._transfers, self._compressed, self._failed, self._received, self._pool)
             for number, target in enumerate(targets)
         ]
         opening = [link.open(self._rpc, self._weights, timeout) for link in self._links]
@@ -174,6 +177,11 @@ class SplitHost:
     def devices(self) -> tuple[int, ...]:
         """How many devices each worker lends, in the order of the targets."""
         return tuple(len(link.info.devices) if link.info else 0 for link in self._links)
+
+    @property
+    def pools(self) -> bool:
+        """Whether all workers let further engines share these weights."""
+        return bool(self._links) and all(link.pools for link in self._links)
 
     @property
     def offered(self) -> dict[str, int]:
@@ -258,6 +266,7 @@ class WorkerLink:
         compressed: CompressedData,
         failed: Callable[[BaseException], None],
         received: Callable[["WorkerLink", ToHost], Awaitable[None]],
+        pool: bytes = b"",
     ) -> None:
         """`failed` is called with the reason why the session cannot go on.
 
@@ -269,8 +278,10 @@ class WorkerLink:
         self.session = secrets.token_bytes(SESSION_BYTES)
         self.stats = WorkerStats()
         self.takes_padding = False
+        self.pools = False
         self.info: WorkerInfo | None = None
         self._target = target
+        self._pool = pool
         self._transfers = transfers
         self._compressed = compressed
         self._failed = failed
@@ -289,7 +300,7 @@ class WorkerLink:
         """
         try:
             async with asyncio.timeout(timeout):
-                stream = await self._open_stream(TunnelStream(self.session, control=True))
+                stream = await self._open_stream(TunnelStream(self.session, control=True, pool=self._pool))
                 control = self._control = ControlStream(stream, decode_to_host)
                 digests = [] if weights is None else sorted(set(weights.digests()))
                 sketch = b"".join(digest[:SKETCH_BYTES] for digest in digests)
@@ -302,6 +313,7 @@ class WorkerLink:
         if not isinstance(opened, Opened):
             raise self._unusable("did not open a session")
         self.takes_padding = opened.takes_padding
+        self.pools = opened.pools
         self.info = self._check(rpc, opened, digests, weights)
 
     def _check(self, rpc: str, opened: Opened, digests: list[bytes], weights: Weights | None) -> WorkerInfo:

@@ -110,12 +110,34 @@ class _Pending:
     order: int = 0
 
 
+class _EngineStream:
+    """The engine's connection. That it breaks says nothing of the worker, whose connections raise ConnectionError."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+
+    async def read(self, limit: int) -> bytes:
+        try:
+            return await self._stream.read(limit)
+        except ConnectionError as error:
+            raise FrameError("the engine's connection broke") from error
+
+    async def write(self, data: bytes) -> None:
+        try:
+            await self._stream.write(data)
+        except ConnectionError as error:
+            raise FrameError("the engine's connection broke") from error
+
+    def abort(self) -> None:
+        self._stream.abort()
+
+
 class HostTunnel:
     """Run it once. `number` identifies the connection among all of the engine's."""
 
     def __init__(self, number: int, engine: ByteStream, worker: WorkerContext) -> None:
         self._number = number
-        self._engine = engine
+        self._engine = _EngineStream(engine)
         self._worker = worker
         self._info = worker.info
         self._transfers = worker.transfers

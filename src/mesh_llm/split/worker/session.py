@@ -5,9 +5,8 @@ present term, may open one.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 
@@ -18,8 +17,11 @@ from mesh_llm.split.firewall.memory import RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.framing import ControlStream, ExactReader, ProtocolError, is_paced
 from mesh_llm.split.weights import StoredTensor, Weights
+from mesh_llm.split.worker.pool import EnginePool
+from mesh_llm.split.worker.rpc_client import LaunchRpcServer, RpcClient, RpcServer
+from mesh_llm.split.worker.sharing import Channel
 from mesh_llm.split.worker.transfers import READY, ForgedError, OpenPush, PushSender, TransferInbox, WindowPadding
-from mesh_llm.split.worker.tunnel import WAIT_SECONDS, RpcClient, SessionContext, WorkerTunnel
+from mesh_llm.split.worker.tunnel import WAIT_SECONDS, SessionContext, WorkerTunnel
 from mesh_llm.split.worker.weights import WeightCache, WeightRecorder
 from mesh_llm.wire.codec import Malformed
 from mesh_llm.wire.ggml_rpc.protocol import CHECKED_VERSIONS, FrameError, Version
@@ -58,32 +60,6 @@ _MAX_TEXT = 2000
 _FAILURES = (RefusedError, FrameError, ForgedError, MeshError, OSError, TimeoutError)
 
 
-class RpcServer(Protocol):
-    """A running rpc-server of this machine, for one session."""
-
-    @property
-    def address(self) -> str:
-        """Its `unix:PATH`, or `host:port`."""
-        ...
-
-    @property
-    def reference(self) -> bool:
-        """Whether it computes on the processor with the kernels that the firewall's rules were read from."""
-        ...
-
-    async def ended(self) -> str:
-        """Wait for its end; the reason."""
-        ...
-
-    async def stop(self) -> None:
-        """End it. Idempotent."""
-        ...
-
-
-LaunchRpcServer = Callable[[], Awaitable[RpcServer]]
-"""Starts one, and returns when it is ready. Raises MeshError."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerServices:
     """What a worker lends.
@@ -110,7 +86,9 @@ class WorkerServices:
 class WorkerSession:
     """One session of one host. `run` serves its control stream; the other methods serve its further streams."""
 
-    def __init__(self, stream: ByteStream, services: WorkerServices) -> None:
+    def __init__(self, stream: ByteStream, services: WorkerServices, pool: EnginePool | None = None) -> None:
+        """`pool`: whose rpc-server it uses; None: it has one of its own."""
+        self._pool = pool
         self._control: ControlStream[ToWorker] = ControlStream(stream, decode_to_worker)
         self._services = services
         self._scope = TaskScope("split worker", self._crashed)
@@ -152,11 +130,18 @@ class WorkerSession:
             # Also if this was cancelled meanwhile, as when the host ends the session and the group at once.
             self._pushes.abort()
             self._control.abort()
+            if self._pool is not None:
+                self._pool.left(self.lost)
             if self._refused:
                 self._refused = 0
                 self._services.refused()
-            if self._server is not None:
+            if self._server is not None and self._pool is None:
                 await self._server.stop()
+
+    def lost(self, error: BaseException) -> None:
+        """The pool's rpc-server is of no use any more."""
+        if not self._over.done() and not self._scope.closed:
+            self._scope.spawn(self._fail(error), "lost")
 
     async def serve_tunnel(self, stream: ByteStream) -> None:
         """Serve a tunnel stream until its end; one after the other, as the rpc-server does."""
@@ -190,7 +175,10 @@ class WorkerSession:
             value = await self._control.receive()
             if not isinstance(value, Open):
                 raise ProtocolError("a session that does not begin with Open")
-            self._server = await self._services.launch()
+            if self._pool is None:
+                self._server = await self._services.launch()
+            else:
+                self._server = await self._pool.server(self.lost)
             opened = await self._examine_server(value)
             self._inbox = TransferInbox(value.key)
             self._to_host = WindowPadding() if value.takes_padding else None
@@ -204,18 +192,25 @@ class WorkerSession:
     async def _examine_server(self, value: Open) -> Opened:
         """The versions match, and the answer to the host. Raises MeshError if they do not."""
         assert self._server is not None  # noqa: S101 - launched right before
-        client = await RpcClient.connect(self._server.address)
-        try:
-            await self._check_version(client, value)
-            self._devices = await client.devices()
-            await client.close()
-        finally:
-            client.abort()
+        if self._pool is None:
+            client = await RpcClient.connect(self._server.address)
+            try:
+                self._version, self._devices = await client.hello(), await client.devices()
+                await client.close()
+            finally:
+                client.abort()
+        else:
+            self._version, self._devices = self._pool.version, self._pool.devices
+        self._check_version(value)
         wanted = self._wanted = frozenset(pieces(value.sketch, SKETCH_BYTES))
         if self._services.weights is not None and wanted:
             for digest in self._services.weights.digests():
                 if digest[:SKETCH_BYTES] in wanted and (stored := self._services.weights.holding(digest)) is not None:
                     self._offered.append(stored)
+        if self._pool is not None:
+            # Also what is nowhere on this disk.
+            here = {stored.digest for stored in self._offered}
+            self._offered += [one for one in self._pool.weights(wanted) if one.digest not in here]
         digests = b"".join(stored.digest for stored in self._offered)
         return Opened(
             str(self._version),
@@ -225,10 +220,10 @@ class WorkerSession:
             unpacks=True,
             takes_padding=True,
             unpacks_sets=True,
+            pools=self._pool is not None,
         )
 
-    async def _check_version(self, client: RpcClient, value: Open) -> None:
-        self._version = await client.hello()
+    def _check_version(self, value: Open) -> None:
         if str(self._version) != value.rpc:
             raise MeshError(
                 code="split_version_mismatch",
@@ -317,9 +312,8 @@ class WorkerSession:
     async def _serve_tunnel(self, stream: ByteStream) -> None:
         assert self._server is not None  # noqa: S101 - ready
         assert self._inbox is not None  # noqa: S101 - ready
-        server = await RpcClient.connect(self._server.address)
+        server = await self._connect_server()
         try:
-            await server.hello()
             if not is_paced(stream):
                 self._to_host = None
             reference = self._server.reference
@@ -340,6 +334,14 @@ class WorkerSession:
             await stream.finish()
         finally:
             server.abort()
+
+    async def _connect_server(self) -> RpcClient | Channel:
+        if self._pool is not None:
+            return self._pool.channel()
+        assert self._server is not None  # noqa: S101 - ready
+        server = await RpcClient.connect(self._server.address)
+        await server.hello()
+        return server
 
     def _note_refusal(self, refused: int) -> None:
         """llama.cpp may load a model with smaller buffers where one was refused: what counts is whether it computes."""
@@ -399,12 +401,13 @@ _MAX_SESSIONS = 8
 class SplitWorker:
     """All sessions of one host. One runs at a time, since each may allocate everything that is lent to the host.
 
-    A host that restarts its engine opens the next session at once, while the rpc-server of the last one may still be
-    ending.
+    Sessions of one pool run at once, and allocate no more than that together. A host that restarts its engine opens the
+    next session at once, while the rpc-server of the last one may still be ending.
     """
 
     def __init__(self) -> None:
         self._sessions: dict[bytes, WorkerSession] = {}
+        self._pools: dict[bytes, EnginePool] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._turn = asyncio.Lock()
 
@@ -429,11 +432,14 @@ class SplitWorker:
         if session is not None or len(self._sessions) >= _MAX_SESSIONS:
             stream.abort()
             return
-        session = self._sessions[purpose.session] = WorkerSession(stream, services)
+        pool = self._pool(purpose.pool, services)
+        session = self._sessions[purpose.session] = WorkerSession(stream, services, pool)
         try:
-            await self._tracked(session)
+            await self._tracked(session, pool)
         finally:
             del self._sessions[purpose.session]
+            if pool is not None and pool.idle and self._pools.get(purpose.pool) is pool:
+                del self._pools[purpose.pool]
 
     async def serve_push(self, stream: ByteStream, parameters: bytes) -> None:
         """Serve a PUSH stream until it ends."""
@@ -452,13 +458,32 @@ class SplitWorker:
             # Not gather: cancelled itself, it would cancel them again.
             await asyncio.wait(self._tasks)
 
-    async def _tracked(self, session: WorkerSession) -> None:
+    def _pool(self, name: bytes, services: WorkerServices) -> EnginePool | None:
+        if not name:
+            return None
+        pool = self._pools.get(name)
+        if pool is None or pool.idle:
+            # One that is idle is ending.
+            pool = self._pools[name] = EnginePool(services.launch, services.limit, self._turn)
+        return pool
+
+    async def _run(self, session: WorkerSession, pool: EnginePool | None) -> None:
+        if pool is None:
+            async with self._turn:
+                await session.run()
+            return
+        try:
+            await pool.enter()
+            await session.run()
+        finally:
+            await pool.leave()
+
+    async def _tracked(self, session: WorkerSession, pool: EnginePool | None) -> None:
         task = asyncio.current_task()
         if task is not None:
             self._tasks.add(task)
         try:
-            async with self._turn:
-                await session.run()
+            await self._run(session, pool)
         finally:
             # Also if its turn never came: streams of its own may be waiting.
             await session.close()

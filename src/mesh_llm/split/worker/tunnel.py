@@ -9,11 +9,12 @@ from blake3 import blake3
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.runtime.network import TcpStream, connect_to
 from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.framing import frame_reader
 from mesh_llm.split.weights import StoredTensor
+from mesh_llm.split.worker.rpc_client import RpcClient
+from mesh_llm.split.worker.sharing import Channel, SetContent
 from mesh_llm.split.worker.transfers import Content, PushSender, TransferInbox
 from mesh_llm.split.worker.weights import WeightRecorder
 from mesh_llm.wire.ggml_rpc.packing import (
@@ -37,20 +38,17 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     Part,
     Request,
     RequestParser,
-    Version,
     has_reply,
-    hello_request,
-    parse_hello_reply,
     reply,
     request,
 )
+from mesh_llm.wire.ggml_rpc.tensors import unpack
 from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     ALLOC_REPLY,
     PUSH,
     REFERENCE,
     WAIT,
-    DeviceFacts,
     Push,
     Reference,
     Undelivered,
@@ -81,110 +79,8 @@ WAIT_SECONDS = 600.0
 _MAX_PUSHES = 64
 """Tensors that are being pushed; most of them are not computed yet."""
 
-_READ = 1024 * 1024
-_U32 = struct.Struct("<I")
-_CONNECT_SECONDS = 5.0
-_MAX_DEVICES = 64
-_READ_WHOLE = 64 * 1024
-"""Answers up to here are read whole: the rpc-server writes them in two pieces, and the first alone is useless."""
-
-
-class RpcClient:
-    """A connection to the session's own rpc-server, which serves one at a time. Every method raises ConnectionError."""
-
-    def __init__(self, stream: ByteStream) -> None:
-        self._stream = stream
-        self._wake_at = stream.wake_at if isinstance(stream, TcpStream) else None
-        self._rest = b""
-
-    @classmethod
-    async def connect(cls, address: str) -> "RpcClient":
-        """Connect to `unix:PATH` or `host:port`."""
-        try:
-            stream = await connect_to(address, _CONNECT_SECONDS)
-        except (OSError, TimeoutError) as error:
-            raise ConnectionError(f"the rpc-server does not answer ({error or type(error).__name__})") from error
-        return cls(stream)
-
-    async def hello(self) -> Version:
-        """The protocol version. Every connection begins with this."""
-        await self.write(hello_request())
-        return parse_hello_reply(await self.answer(REPLY_SIZES[Command.HELLO]))
-
-    async def devices(self) -> tuple[DeviceFacts, ...]:
-        """The devices that it lends."""
-        await self.write(request(Command.DEVICE_COUNT))
-        (count,) = _U32.unpack(await self.answer(4))
-        found: list[DeviceFacts] = []
-        for number in range(min(count, _MAX_DEVICES)):
-            device = _U32.pack(number)
-            asked = (Command.GET_ALIGNMENT, Command.GET_MAX_SIZE, Command.GET_DEVICE_MEMORY)
-            await self.write(b"".join(request(command, device) for command in asked))
-            alignment, max_size, free, total = struct.unpack("<QQQQ", b"".join([
-                await self.answer(8), await self.answer(8), await self.answer(16)
-            ]))  # fmt: skip
-            found.append(DeviceFacts(alignment, max_size, free, total))
-        return tuple(found)
-
-    async def write(self, data: bytes) -> None:
-        """Send requests."""
-        await self._stream.write(data)
-
-    async def answer(self, size: int) -> bytes:
-        """The next answer, which must have `size` bytes."""
-        await self._expect(size)
-        parts: list[bytes] = []
-        while size:
-            part = await self._some(size)
-            parts.append(part)
-            size -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    async def pass_answer(self, size: int, target: ByteStream, *, header: bool = True) -> None:
-        """Write the next answer to `target` as it comes, with its header or without."""
-        await self._expect(size)
-        head = REPLY_HEADER.pack(size) if header else b""
-        while size:
-            part = await self._some(size)
-            size -= len(part)
-            await target.write(head + part)
-            head = b""
-        if head:
-            await target.write(head)
-
-    async def _expect(self, size: int) -> None:
-        whole = REPLY_HEADER.size + size
-        if self._wake_at is not None:
-            self._wake_at(whole if whole <= _READ_WHOLE and not self._rest else 1)
-        header = b""
-        while len(header) < REPLY_HEADER.size:
-            header += await self._some(REPLY_HEADER.size - len(header))
-        (actual,) = REPLY_HEADER.unpack(header)
-        if actual != size:
-            raise ConnectionError(f"the rpc-server answered with {actual} bytes, not {size}")
-
-    async def _some(self, limit: int) -> bytes:
-        if not self._rest:
-            self._rest = await self._stream.read(_READ)
-            if not self._rest:
-                raise ConnectionError("the rpc-server closed the connection")
-        part, self._rest = self._rest[:limit], self._rest[limit:]
-        return part
-
-    def abort(self) -> None:
-        """Drop the connection."""
-        self._stream.abort()
-
-    async def close(self) -> None:
-        """End the connection, and wait until the server has ended it too: then it takes the next one."""
-        await self._stream.finish()
-        try:
-            async with asyncio.timeout(_CONNECT_SECONDS):
-                while await self._stream.read(_READ):
-                    pass
-        except (ConnectionError, TimeoutError):
-            pass
-        self._stream.abort()
+_ALLOCATION = struct.Struct("<IQ")
+_OFFSET = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,18 +107,20 @@ class SessionContext:
 
 
 class WorkerTunnel:
-    """Run it once."""
+    """Run it once. With a Channel as its server, it shares weights with the channel's others."""
 
     def __init__(
         self,
         stream: ByteStream,
-        server: RpcClient,
+        server: RpcClient | Channel,
         firewall: Firewall,
         session: SessionContext,
         recorder: WeightRecorder | None = None,
     ) -> None:
         self._stream = stream
         self._server = server
+        self._shared = server if isinstance(server, Channel) else None
+        self._content: SetContent | None = None
         self._firewall = firewall
         self._session = session
         self._recorder = recorder
@@ -285,9 +183,12 @@ class WorkerTunnel:
 
     def _begin(self, head: Head) -> None:
         """A request with much tensor data, which follows in parts."""
+        self._content = None
         if head.command == Command.SET_TENSOR:
-            self._firewall.check_set(head.payload, None, head.size)
-            if self._recorder is not None:
+            self._content = self._set_content(head.payload, head.size)
+            same = self._content is not None and self._content.same
+            self._firewall.check_set(head.payload, None, head.size, same=same)
+            if self._recorder is not None and not same:
                 self._recorder.begin(head.payload, head.size)
             self._pieces = _Pieces(head.payload, head.size)
             return
@@ -297,6 +198,10 @@ class WorkerTunnel:
         self._out.append(head.frame)
 
     async def _continue(self, part: Part) -> None:
+        if self._content is not None:
+            self._content.feed(part.data, last=part.last)
+            if self._content.same:
+                return
         self._out += [part.data] if self._pieces is None else self._pieces.of(part.data)
         if self._recorder is not None:
             await self._recorder.feed(part.data, last=part.last)
@@ -332,6 +237,8 @@ class WorkerTunnel:
             return
         if request_.command == Command.GRAPH_COMPUTE:
             await self._check_graph(request_.payload)
+        elif self._shared is not None and self._is_answered_by_others(request_):
+            return
         else:
             self._firewall.check(request_.command, request_.payload)
         size = _reply_size(request_)
@@ -351,6 +258,30 @@ class WorkerTunnel:
             await self._server.pass_answer(size, self._stream)
             await self._session.answered(size)
 
+    def _set_content(self, head: memoryview, size: int) -> SetContent | None:
+        """What becomes of a SET_TENSOR where weights are shared."""
+        if self._shared is None:
+            return None
+        tensor = unpack(head)
+        return self._shared.content(tensor.buffer, tensor.data + _OFFSET.unpack_from(head, TENSOR_BYTES + 1)[0], size)
+
+    def _is_answered_by_others(self, request_: Request) -> bool:
+        """Whether a request only sets shared weights to what they are. Raises RefusedError if to something else."""
+        payload = request_.payload
+        if request_.command == Command.INIT_TENSOR and self._firewall.buffers.is_read_only(unpack(payload).buffer):
+            self._firewall.check_initialize(payload, same=True)
+            return True
+        if request_.command != Command.SET_TENSOR:
+            return False
+        data = payload[SET_TENSOR_HEAD:]
+        content = self._set_content(payload[:SET_TENSOR_HEAD], len(data))
+        if content is None:
+            return False
+        content.feed(data, last=True)
+        if content.same:
+            self._firewall.check_set(payload[:SET_TENSOR_HEAD], data, len(data), same=True)
+        return content.same
+
     async def _get(self, payload: memoryview, size: int) -> None:
         """Answer a large GET_TENSOR from several small ones."""
         await self._flush()
@@ -368,7 +299,15 @@ class WorkerTunnel:
         """ALLOC: a buffer and its address. Above the limit, answer like an rpc-server that has no memory left."""
         size = self._firewall.check_allocation(payload)
         pointer = real = base = 0
-        if self._firewall.buffers.fits(size):
+        fits = self._firewall.buffers.fits(size)
+        if fits and self._shared is not None:
+            found = self._shared.share(_ALLOCATION.unpack(payload)[0], size, self._firewall.buffers)
+            if found is not None:
+                self._firewall.allocated(found, read_only=True)
+                await self._stream.write(reply(ALLOC_REPLY.pack(found.pointer, found.size, found.base)))
+                return
+            fits = self._shared.fits(size)
+        if fits:
             self._out.append(request(Command.ALLOC_BUFFER, bytes(payload)))
             await self._flush()
             await self._pushes_are_read.wait()
@@ -379,7 +318,10 @@ class WorkerTunnel:
         if pointer:
             await self._server.write(request(Command.BUFFER_GET_BASE, pointer.to_bytes(8, "little")))
             base = int.from_bytes(await self._server.answer(8), "little")
-            self._firewall.allocated(Buffer(pointer, base, real, int.from_bytes(payload[:4], "little")))
+            buffer = Buffer(pointer, base, real, int.from_bytes(payload[:4], "little"))
+            self._firewall.allocated(buffer)
+            if self._shared is not None:
+                self._shared.located(buffer, self._firewall.buffers)
         await self._stream.write(reply(ALLOC_REPLY.pack(pointer, real, base)))
 
     async def _reference(self, payload: memoryview) -> None:
@@ -388,7 +330,15 @@ class WorkerTunnel:
         if reference.number >= len(self._session.offered):
             raise RefusedError(f"a reference to content {reference.number} of {len(self._session.offered)}")
         stored = self._session.offered[reference.number]
-        tensor = self._firewall.check_reference(reference, stored.size)
+        content = None
+        if self._shared is not None:
+            content = self._shared.content(reference.buffer, reference.data, stored.size)
+        same = content is not None and content.same
+        tensor = self._firewall.check_reference(reference, stored.size, same=same)
+        if content is not None and same:
+            content.is_digest(stored.digest)
+            await self._session.filled(stored.size)
+            return
         pieces = _Pieces(memoryview(tensor.pack() + bytes(9)), stored.size)
         hasher = blake3()
         position = 0
@@ -409,6 +359,8 @@ class WorkerTunnel:
                 )
             self._out += pieces.of(memoryview(data))
             await self._flush()
+        if content is not None:
+            content.is_digest(stored.digest)
         await self._session.filled(stored.size)
 
     async def _packed(self, payload: memoryview) -> None:

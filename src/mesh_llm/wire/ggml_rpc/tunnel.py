@@ -161,10 +161,18 @@ class SplitStream(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TunnelStream(msgspec.Struct, frozen=True, array_like=True):
-    """The tunnel's parameters of an RPC or PUSH stream: its session, and whether it is the control stream."""
+    """The tunnel's parameters of an RPC or PUSH stream.
+
+    Attributes:
+        session: that it belongs to.
+        control: it is the session's control stream.
+        pool: of a control stream: sessions of one host with the same pool run at once, and share weights. Empty: it
+            runs alone.
+    """
 
     session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
     control: bool = False
+    pool: Annotated[bytes, msgspec.Meta(max_length=SESSION_BYTES)] = b""
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -203,6 +211,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
         unpacks: the worker accepts PACKED graphs.
         takes_padding: the worker accepts padding on its push streams.
         unpacks_sets: the worker accepts PACKED_SET.
+        pools: the worker runs further sessions of the same pool beside this one.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
@@ -212,6 +221,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
     unpacks: bool = False
     takes_padding: bool = False
     unpacks_sets: bool = False
+    pools: bool = False
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):
