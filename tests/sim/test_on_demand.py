@@ -31,6 +31,7 @@ def test_where_there_is_room_each_model_is_loaded_once_and_stays() -> None:
     assert found["wait_longest_s"] < 12.0
 
 
+@pytest.mark.slow
 def test_where_there_is_too_little_room_models_take_turns_and_no_request_is_lost() -> None:
     found = simulated(hosts=5)
     assert found["failed"] == 0
@@ -40,6 +41,7 @@ def test_where_there_is_too_little_room_models_take_turns_and_no_request_is_lost
     assert found["longest_still_waiting_s"] < 12 * turn
 
 
+@pytest.mark.slow
 def test_where_there_is_too_little_room_nothing_goes_to_and_fro() -> None:
     found = simulated(nodes=20, models=30, hosts=16, rate=4.5, minutes=4.0)
     assert found["failed"] == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
+from tests.support.examples import seeds
 
 from mesh_llm.core import node
 from mesh_llm.core.config import MembershipConfig, Timings
@@ -32,7 +33,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert other.events != run(scenario).events
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", seeds(2))
 def test_decisions_are_the_same_if_each_message_lets_all_be_evaluated(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +91,7 @@ def test_the_same_seed_gives_the_same_run_in_another_process() -> None:
 @pytest.mark.parametrize(("nodes", "limit"), [(2, 3.0), (3, 3.5), (8, 4.0), (20, 5.0)])
 @pytest.mark.parametrize("loss", [0.0, 0.05])
 def test_on_a_lan_nobody_routes_to_a_killed_node_after_five_seconds(nodes: int, limit: float, loss: float) -> None:
-    for seed in range(1, 6):
+    for seed in seeds(5):
         report = run(
             Scenario(
                 nodes=nodes, seed=seed, duration=25.0, join_over=1.0, crash_at=8.1, crash=1.0, loss=loss, settle=1.0
@@ -106,7 +107,7 @@ def test_on_a_lan_nobody_routes_to_a_killed_node_after_five_seconds(nodes: int, 
 def test_with_nobody_to_ask_a_killed_node_is_out_within_four_seconds(delay_ms: float, loss: float) -> None:
     # A doubted node is used for a second more where nobody else serves its model.
     limit = 4.0 - Timings().doubt_grace
-    for seed in range(1, 11):
+    for seed in seeds(10):
         scenario = Scenario(
             nodes=2, seed=seed, duration=30.0, join_over=1.0, crash_at=12.1, crash=1.0, loss=loss, delay_ms=delay_ms,
             settle=1.0,
@@ -119,14 +120,14 @@ def test_with_nobody_to_ask_a_killed_node_is_out_within_four_seconds(delay_ms: f
 
 @pytest.mark.parametrize("delay_ms", [2.0, 250.0, 600.0])
 def test_two_nodes_do_not_take_each_other_for_dead_at_five_percent_loss(delay_ms: float) -> None:
-    for seed in range(1, 6):
+    for seed in seeds(5):
         report = run(Scenario(nodes=2, seed=seed, duration=600.0, loss=0.05, delay_ms=delay_ms, load_every=5.0))
         assert report.false_deaths == 0, f"seed {seed}"
 
 
 @pytest.mark.parametrize("nodes", [2, 5, 20])
 def test_a_node_that_comes_back_is_used_within_two_seconds(nodes: int) -> None:
-    for seed in range(1, 6):
+    for seed in seeds(5):
         report = run(
             Scenario(nodes=nodes, seed=seed, duration=40.0, join_over=1.0, crash_at=8.0, crash=1.0, restart_after=20.0)
         )
@@ -135,7 +136,7 @@ def test_a_node_that_comes_back_is_used_within_two_seconds(nodes: int) -> None:
 
 
 def test_a_newcomer_is_used_by_all_within_two_seconds() -> None:
-    for seed in range(1, 6):
+    for seed in seeds(5):
         simulation = Simulation(Scenario(nodes=20, seed=seed, duration=30.0))
         newcomer = simulation.world.machines[-1]
         simulation._join()
@@ -147,7 +148,7 @@ def test_a_newcomer_is_used_by_all_within_two_seconds() -> None:
 
 @pytest.mark.parametrize("nodes", [2, 5, 20])
 def test_a_frozen_node_is_suspected_and_comes_back(nodes: int) -> None:
-    for seed in range(1, 6):
+    for seed in seeds(5):
         report = run(Scenario(nodes=nodes, seed=seed, duration=50.0, join_over=1.0, freeze_at=8.0, thaw_after=25.0))
         assert report.problems == [], f"seed {seed}"
         assert report.freeze_noticed is not None
@@ -162,7 +163,7 @@ def test_a_short_freeze_kills_nobody() -> None:
     assert report.false_deaths == 0
 
 
-@pytest.mark.parametrize("heal_after", [3.0, 30.0, 900.0])
+@pytest.mark.parametrize("heal_after", [3.0, 30.0, pytest.param(900.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("nodes", "cut"), [(2, 1.0), (6, 3.0), (6, 1.0)])
 def test_a_partition_heals_by_itself(nodes: int, cut: float, heal_after: float) -> None:
     duration = 10.0 + heal_after + 90.0
@@ -281,7 +282,7 @@ def who_serves(simulation: Simulation, since: float, every: float = 0.1) -> list
 @pytest.mark.parametrize("delay_ms", [2.0, 100.0])
 def test_a_standby_that_is_left_alone_serves_within_five_seconds(delay_ms: float, loss: float) -> None:
     """The only other node dies. Nobody can confirm that, and nobody else could take its model."""
-    for seed in range(1, 11):
+    for seed in seeds(10):
         scenario = Scenario(
             nodes=2, models=1, standby=1, seed=seed, duration=40.0, join_over=1.0, loss=loss, delay_ms=delay_ms
         )  # fmt: skip
@@ -294,6 +295,7 @@ def test_a_standby_that_is_left_alone_serves_within_five_seconds(delay_ms: float
         assert seen[-1][0] <= 12.1 + 5.0, f"seed {seed}"
 
 
+@pytest.mark.slow
 def test_a_standby_whose_only_host_leaves_serves_and_makes_room_for_it_again() -> None:
     scenario = Scenario(nodes=2, models=1, standby=1, duration=1300.0, join_over=1.0)
     simulation = Simulation(scenario)
@@ -316,6 +318,7 @@ def test_a_standby_whose_only_host_leaves_serves_and_makes_room_for_it_again() -
     assert seen[-1][0] > 600.0
 
 
+@pytest.mark.slow
 def test_two_that_are_cut_apart_both_serve_and_one_gives_up_again_when_it_is_idle() -> None:
     scenario = Scenario(
         nodes=2, models=1, standby=1, duration=1300.0, join_over=1.0, cut_at=15.0, cut=1.0, heal_after=60.0

@@ -5,7 +5,7 @@ from tests.sim.catalog import CASES, SMALL, command, shortcomings
 
 from mesh_llm.simulation import run
 
-FEW = {"leave", "restart"}
+FEW = {"leave"}
 """For `make test-fast`."""
 
 

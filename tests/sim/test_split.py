@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 from tests.support.core_values import GB, facts
+from tests.support.examples import seeds
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.membership.membership import Membership
@@ -90,7 +91,7 @@ def after(simulation: SplitSimulation, time: float) -> list[dict[int, int]]:
     return [leaders for at, leaders in simulation.seen if at >= time]
 
 
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("seed", seeds(5))
 def test_after_a_cut_heals_there_is_one_host(seed: int) -> None:
     scenario = Scenario(
         nodes=8, seed=seed, duration=75.0, cut_at=15.0, heal_after=20.0, settle=5.0, loss=0.02, delay_ms=10.0
@@ -105,7 +106,7 @@ def test_after_a_cut_heals_there_is_one_host(seed: int) -> None:
     assert len({tuple(leaders.items()) for leaders in healed}) == 1, "nothing changes any more"
 
 
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("seed", seeds(5))
 def test_hosts_that_are_killed_are_followed_by_others(seed: int) -> None:
     scenario = Scenario(nodes=8, seed=seed, duration=60.0, crash_at=20.0, crash=3.0, restart_after=15.0, settle=5.0)
     simulation = SplitSimulation(scenario)

@@ -101,7 +101,7 @@ def index() -> Index:
     return msgspec.json.decode(INDEX.read_bytes(), type=Index)
 
 
-FEW = ("deepseek2", "gemma3", "llama", "mamba", "qwen3moe", "rwkv7")
+FEW = ("llama", "mamba", "qwen3moe", "rwkv7")
 """Architectures of different kinds, for `make test-fast`."""
 
 

@@ -245,6 +245,6 @@ def test_what_hides_cards_is_inherited_also_where_little_is() -> None:
 
 
 async def test_what_a_program_printed_before_it_was_ended_is_kept() -> None:
-    done = await run(("/bin/sh", "-c", "echo begun; exec sleep 600"), {}, 5.0)
+    done = await run(("/bin/sh", "-c", "echo begun; exec sleep 600"), {}, 2.0)
     assert (done.code, done.stdout) == (None, b"begun\n")
-    assert b"did not end within 5 s" in done.stderr
+    assert b"did not end within 2 s" in done.stderr

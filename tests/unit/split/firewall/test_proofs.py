@@ -81,6 +81,7 @@ def test_the_work_grows_with_the_frame(firewall: Firewall) -> None:
     assert many < few * 8 * 1.1
 
 
+@pytest.mark.slow
 def test_forty_thousand_look_ups_pass(firewall: Firewall) -> None:
     send(firewall, look_ups(Place(BUFFERS), 40_000))
 

@@ -26,10 +26,12 @@ def test_the_rules_were_read_from_the_pinned_release() -> None:
     assert set(table()) == {"release", *sources()}
 
 
+@pytest.mark.slow
 def test_no_kernel_has_changed_since_its_rule_was_read(source: Source) -> None:
     assert changed(source) == []
 
 
+@pytest.mark.slow
 def test_a_changed_kernel_is_seen(source: Source) -> None:
     name = "ggml-cpu/ops.cpp:ggml_compute_forward_argsort_f32"
     path = "ggml-cpu/ops.cpp"

@@ -160,6 +160,7 @@ def test_a_full_disk_is_said_before_the_download(tmp_path: Path, monkeypatch: py
     assert "150.0 MB are needed, 1 kB are free" in caught.value.message
 
 
+@pytest.mark.slow
 def test_without_a_network_it_fails_soon_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Tests run where there is no route: the package client itself is asked.
     first = archives.package_clients()[:1]
