@@ -104,6 +104,13 @@ ALL = (
         quick=("--delays", "0", "--clients", "1,8", "--rounds", "1", "--answer", "16"),
     ),
     Benchmark(
+        "split.spec",
+        "bench.split.spec",
+        "tokens guessed ahead, in text that repeats itself and in text that does not, on one machine and split",
+        words=("--delays", "0,20"),
+        quick=("--delays", "20", "--rounds", "1", "--answers", "2"),
+    ),
+    Benchmark(
         "split.many_prompts",
         "bench.split.prompts",
         "a prompt over two to eight stand-in machines, which take a set time instead of computing",

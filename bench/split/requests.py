@@ -1,4 +1,4 @@
-"""What the split benchmarks ask an engine: prompts of an exact length, and many clients at once.
+"""What the split benchmarks ask an engine: prompts of an exact length, many clients at once, and text that repeats.
 
 Prompts are lists of token ids, random by a seed, so that each has its length and none is in a cache. Answers do not end
 by themselves: stand-ins would end them at once.
@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.support.http import HttpClient
-
-_FIRST, _LAST = 64, 320
-"""Token ids that every generated model has, none of them special."""
+from tests.support.repeating_text import FIRST, LAST
 
 CLIENT_PROMPT = 16
 """Tokens of each client's prompt: they are to answer, not to read."""
@@ -22,7 +20,7 @@ CLIENT_PROMPT = 16
 def _body(tokens: int, answer: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
     return {
-        "prompt": [rng.randrange(_FIRST, _LAST) for _ in range(tokens)],
+        "prompt": [rng.randrange(FIRST, LAST) for _ in range(tokens)],
         "max_tokens": answer,
         "temperature": 0,
         "ignore_eos": True,
@@ -60,3 +58,27 @@ async def ask_all(clients: Sequence[HttpClient], streams: int, tokens: int, seed
         "slowest": min(answer["timings"]["predicted_per_second"] for answer in answers),
         "texts": [answer["choices"][0]["text"] for answer in answers],
     }
+
+
+async def write_on(client: HttpClient, prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
+    """Answers of so many tokens to prompts, one after the other.
+
+    Returns:
+        `rate`: tokens per second of all, from the first token of each on, as the engine reports them; `rates`: of each.
+        `guessed`, `accepted`: tokens that it guessed ahead, and how many of them were right.
+        `texts`: all answers.
+    """
+    texts: list[str] = []
+    rates: list[float] = []
+    seconds, generated, guessed, accepted = 0.0, 0, 0, 0
+    for prompt in prompts:
+        body = {"prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        answer = (await client.post("/v1/completions", body)).expect().json()
+        timings = answer["timings"]
+        texts.append(answer["choices"][0]["text"])
+        rates.append(timings["predicted_per_second"])
+        seconds += timings["predicted_ms"] * 1e-3
+        generated += timings["predicted_n"]
+        guessed += timings.get("draft_n", 0)
+        accepted += timings.get("draft_n_accepted", 0)
+    return {"rate": generated / seconds, "rates": rates, "guessed": guessed, "accepted": accepted, "texts": texts}

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 import uvloop
 from bench.mesh.nodes import make_node
-from bench.split.requests import ask_all, read_prompt
+from bench.split.requests import ask_all, read_prompt, write_on
 from bench.split.stand_in import StandInSource
 from bench.split.stock import StockCounter
 from tests.support.http import HttpClient
@@ -34,7 +34,7 @@ from mesh_llm.engine.process import Command, Readiness, python_module
 from mesh_llm.engine.sources.embedded.plugin import RPC_VERSION
 from mesh_llm.engine.sources.embedded.plugin import find as find_plugin
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
-from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
+from mesh_llm.engine.spec import NGRAM, EngineSpec, RpcWorkerSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, RunningEngine, Supervisor
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import read_header
@@ -192,6 +192,7 @@ class Host(Role):
         self.index = DigestIndex(self.digests)
         self.index.add_main(self.model, self.digests.get(self.model))
         self.splits: list[SplitHost] = []
+        self._starts = 0
         self.counters: list[StockCounter] = []
         self.engines: list[RunningEngine] = []
         self.clients: list[HttpClient] = []
@@ -199,7 +200,8 @@ class Host(Role):
         await self.answer({
             "link": self.link, "solo": self._solo, "stock": self._stock, "ours": self._ours, "stand_in": self.stand_in,
             "serve": self.serve_stock, "end_serving": self.end_stock,
-            "ask": self._ask, "prompt": self._prompt, "clients": self._clients, "stats": self._stats, "end": self._end,
+            "ask": self._ask, "prompt": self._prompt, "clients": self._clients, "write": self._write,
+            "stats": self._stats, "end": self._end,
         })  # fmt: skip
 
     def _spec(self, words: Answer) -> EngineSpec:
@@ -208,12 +210,18 @@ class Host(Role):
         # llama.cpp pipelines prompts over devices where it offloads all layers, overrides no tensor and gives no
         # embeddings.
         pipelined: bool = words.get("pipelined", False)
+        # As a node starts an engine with `--spec auto`, or `off`.
+        guessing: bool = words.get("guessing", False)
+        speculation = "" if draft is not None or not guessing else NGRAM
+        self._starts += 1
         return EngineSpec(
             model=self.model, alias="bench", context=words.get("context", 512), slots=words.get("slots", 1),
-            threads=self.threads, draft=draft, draft_max=8, prompt_cache_mib=0, devices=() if shares else ("CPU",),
-            tensor_split=tuple(shares), output_on_host=bool(shares) and not pipelined, embeddings=not pipelined,
+            threads=self.threads, draft=draft, draft_max=16 if guessing else 8, prompt_cache_mib=0,
+            devices=() if shares else ("CPU",), tensor_split=tuple(shares),
+            output_on_host=bool(shares) and not pipelined, embeddings=not pipelined,
             gpu_layers=int(sum(shares)) if shares and not pipelined else None,
-            micro_batch=words.get("micro_batch", 512),
+            micro_batch=words.get("micro_batch", 512), speculation=speculation, while_it_pays=guessing,
+            slot_socket=self.supervisor.private() / f"{self._starts}.slots" if guessing else None,
         )  # fmt: skip
 
     async def _solo(self, words: Answer) -> Answer:
@@ -291,6 +299,9 @@ class Host(Role):
 
     async def _clients(self, words: Answer) -> Answer:
         return await ask_all(self.clients, words["streams"], words["tokens"], words["seed"])
+
+    async def _write(self, words: Answer) -> Answer:
+        return await write_on(self.clients[0], words["prompts"], words["tokens"])
 
     async def _stats(self, _: Answer) -> Answer:
         if self.splits:

@@ -102,7 +102,7 @@ class Measured:
 def say(result: Measured, unit: str, rate: str) -> None:
     """Show one round while the others are still to come. `unit`: of its size; `rate`: which value is tokens/s."""
     print(
-        f"  {WAYS[result.way]} on {result.machines} at {result.delay_ms:g} ms: {result.size} {unit}, "
+        f"  {WAYS.get(result.way, result.way)} on {result.machines} at {result.delay_ms:g} ms: {result.size} {unit}, "
         f"{result.values[rate]:.1f} tokens/s, busy {result.busy:.2f}",
         file=sys.stderr,
         flush=True,
@@ -165,12 +165,12 @@ class Runs:
         return self.arguments.micro_batch or (pipelined_tokens(machines) if way == "ours" else WHOLE)
 
     @contextmanager
-    def engine(self, way: str, machines: int, context: int, slots: int) -> Generator[dict[str, Any]]:
-        """An engine that serves the model in that way; gives what it said of its load."""
+    def engine(self, way: str, machines: int, context: int, slots: int, **more: Any) -> Generator[dict[str, Any]]:
+        """An engine that serves the model in that way; gives what it said of its load. `more`: further words for it."""
         lab, host = self.lab, self.lab.host
         layers = [float(count) for count in whole_layers(self._facts.layers, machines)]
         layers[-1] += 1
-        words = {"context": context, "slots": slots, "micro_batch": self.micro_batch(way, machines)}
+        words = {"context": context, "slots": slots, "micro_batch": self.micro_batch(way, machines), **more}
         addresses = lab.addresses[: machines - 1]
         serving = [host] if way == "pipelined" else []
         serving += lab.workers[: machines - 1] if way in {"stock", "pipelined"} else []
@@ -226,7 +226,8 @@ def opened(arguments: argparse.Namespace, scratch: Path) -> Generator[Runs]:
     workers = max(arguments.machines) - 1
     stand_in = settings if arguments.stand_in else None
     with NetLab(workers + 1) as net:
-        lab = Lab(net, scratch, model, model, arguments.threads, workers, stand_in)
+        draft = cached_model(models, "small-draft")
+        lab = Lab(net, scratch, model, draft, arguments.threads, workers, stand_in)
         yield Runs(arguments, lab, facts)
         lab.close()
 

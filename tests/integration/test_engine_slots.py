@@ -9,10 +9,12 @@ from typing import Any, BinaryIO
 
 import pytest
 from tests.integration.engine_fixtures import CACHE, Model, client_of, embedded, model, small_spec, started
+from tests.support.repeating_text import repeating_prompt
 
 from mesh_llm.engine.slots import SlotControl, SlotError
 from mesh_llm.engine.sources.embedded import slot_library
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
+from mesh_llm.engine.spec import NGRAM
 from mesh_llm.engine.supervisor import RunningEngine, Supervisor
 from mesh_llm.runtime.supervision import TaskScope
 
@@ -180,3 +182,43 @@ async def test_guesses_are_switched_while_the_engine_runs(
     assert await answer() == (text, 0, 48)
     await switch.speculate(on=True)
     assert (await answer())[1] == guessed
+
+
+@pytest.mark.parametrize("kind", ["ngram", "draft"])
+async def test_an_engine_guesses_by_itself_where_that_pays(
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model, kind: str
+) -> None:
+    # One of them drafts for itself: it is always right, and as slow as the model.
+    draft = model("small") if kind == "draft" else None
+    changes = {"context": 1024, "draft": draft, "speculation": "" if draft else NGRAM, "while_it_pays": True}
+    plain = await started(supervisor, embedded, small_spec(model("small"), context=1024), "plain")
+    engine = await started(supervisor, embedded, small_spec(model("small"), **changes), kind)
+    assert engine.info is not None
+    switch = engine.info.speculation
+    assert switch is not None
+
+    async def guessed(text: str, seed: int) -> tuple[int, int]:
+        """How many tokens of an answer were guessed, and how many of them rightly. It is what it is without guesses."""
+        body = {"prompt": repeating_prompt("small", text, 120, seed), "max_tokens": 120, "temperature": 0}
+        said, got = [(await client_of(one).post("/v1/completions", body)).expect().json() for one in (plain, engine)]
+        assert got["choices"][0]["text"] == said["choices"][0]["text"]
+        return got["timings"].get("draft_n", 0), got["timings"].get("draft_n_accepted", 0)
+
+    assert (await switch.guesses()).gain is None
+    count, right = await guessed("novel", 1)
+    if kind == "ngram":
+        assert count == 0
+        count, right = await guessed("repeated", 2)
+        assert count >= right > 80
+    assert right == count
+    known = await switch.guesses()
+    assert known.gain is not None
+    assert known.guessed > 0
+    # What is in the draft's memory after it was paused is as if it had read all along.
+    await switch.speculate(on=False)
+    assert await guessed("repeated", 3) == (0, 0)
+    await switch.speculate(on=True)
+    count, right = await guessed("repeated", 4)
+    assert right > 0 if kind == "ngram" else right == count
+    wrong = [sum(await guessed("misleading", seed)) for seed in range(5, 8)]
+    assert all(each < 60 for each in wrong) or kind == "draft"

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 
 from mesh_llm.api.server import ApiServer
 from mesh_llm.api.types import ApiConfig
-from mesh_llm.core.performance.speculation import Answer
 from mesh_llm.core.routing.ranking import Awaited, ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -114,12 +113,9 @@ class FakeTraffic:
         self.begun.append((model, target.node))
         self.changed.set()
 
-    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
+    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0) -> None:
         self.ended.append((model, target.node, ok, tokens))
         self.changed.set()
-
-    def answered(self, model: str, target: Target, answer: Answer) -> None:
-        """Not looked at."""
 
     def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
         self.prompts.append((model, tokens, seconds))

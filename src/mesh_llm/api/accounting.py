@@ -16,7 +16,6 @@ from mesh_llm.api.telemetry import CLIENT_GONE, TARGET_LOST, Metrics, RecentRequ
 from mesh_llm.api.transcript import Transcript
 from mesh_llm.api.types import ApiConfig, Usage
 from mesh_llm.api.usage import UsageBook
-from mesh_llm.core.performance.speculation import Answer
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.ports import Traffic
@@ -139,10 +138,9 @@ class Attempt:
                 reason = error_summary(transcript.whole if transcript is not None else None, status)
             self._trace.attempt_ended(self._target.node, status, reason, counted)
         ok = 0 < status < 500
-        accounting.traffic.finished(self._model, self._target, ok=ok, tokens=usage.generated, seconds=seconds)
-        if ok and usage.seconds:
-            answer = Answer(usage.generated, usage.seconds, usage.guessed, usage.accepted)
-            accounting.traffic.answered(self._model, self._target, answer)
+        accounting.traffic.finished(
+            self._model, self._target, ok=ok, tokens=usage.generated, seconds=seconds, guessed=usage.guessed
+        )
         if ok and usage.prompt_seconds:
             accounting.traffic.read(self._model, self._target, usage.prompt - usage.cached, usage.prompt_seconds)
 

@@ -169,7 +169,7 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 show_default=True,
                 help="How tokens are guessed ahead: draft: by a draft model; ngram: by what followed the same words "
                 "before; mtp: by the model's own heads; eagle3: by the EAGLE-3 draft that --draft names; off: not at "
-                "all; auto: by a draft model that fits, if there is one."),
+                "all; auto: mtp, else a draft that fits, else ngram, and only while that pays."),
         _option("--draft", metavar="PATH|NAME", help="Draft model for speculative decoding."),
         _option("--draft-max", type=click.IntRange(1, 64), default=16, show_default=True, metavar="N",
                 help="Most tokens drafted at a time."),

@@ -82,7 +82,7 @@ class Engines:
         self._notify = notify
         self.caches: SlotCaches | None = None
         self.guessing = EngineGuessing()
-        traffic.observe_answer = self.guessing.answered
+        traffic.observe_end = self.guessing.ended
         self._launches: dict[ModelName, _Launch] = {}
         self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
         self._keys: dict[str, str] = {}
@@ -259,8 +259,8 @@ class Engines:
             )
         )
         self._watch_slots(effect, spec, outcome)
-        auto = not effect.options.engine.speculation
-        self.guessing.opened(model, term, outcome.speculation, kind=spec.speculation_type, auto=auto)
+        ran = spec.unswitched if outcome.speculation is None else spec
+        self.guessing.opened(model, term, outcome.speculation, kind=ran.speculation_type, auto=spec.while_it_pays)
         try:
             return await engine.wait()
         finally:
@@ -314,7 +314,9 @@ class Engines:
         pieces = 0 if plan.split is None else plan.split.micro_batch
         batch = pieces or batch_tokens(model.facts, plan.context)
         offload, chosen = plan.offload, options.engine
-        draft = self._draft(effect, model)
+        alone = plan.split is None and not chosen.speculation and has_own_heads(model.path)
+        draft = None if alone else self._draft(effect, model)
+        kind = "mtp" if alone else chosen.speculation
         return EngineSpec(
             model=model.path,
             alias=plan.model,
@@ -329,7 +331,8 @@ class Engines:
             cache_type=plan.cache_type,
             mmproj=model.projector if options.use_projector else None,
             sampling=chosen.sampling,
-            speculation=self._speculation(chosen.speculation, draft, model),
+            speculation=self._speculation(kind, draft, model),
+            while_it_pays=not chosen.speculation,
             chat_template=chosen.chat_template,
             reasoning_budget=chosen.reasoning_budget,
             environment=chosen.environment,
@@ -367,6 +370,8 @@ class Engines:
                 hint='Use --spec auto, or speculation = "ngram" in the settings of this model.',
                 status=400,
             )
+        if not chosen and model.facts.kind is ModelKind.CHAT:
+            return NGRAM
         return chosen if chosen.startswith(NGRAM) else ""
 
 

@@ -381,12 +381,18 @@ class Planner:
             seconds = prompt_seconds(facts, experience.paced(pace.factor))
         return None if seconds is None else per_second(seconds / PROMPT_TOKENS)
 
-    def observed(self, launch: Launch, seconds: float) -> None:
-        """A token of a model that this node serves or hosts took `seconds`. Later predictions learn from it."""
+    def observed(self, launch: Launch, seconds: float, *, guessed: bool = False) -> None:
+        """A token of a model that this node serves or hosts took `seconds`. Later predictions learn from it.
+
+        An answer with guessed tokens says how often its text repeats itself, and nothing of the machine: it is learned
+        from only where the engine always guesses.
+        """
         facts, plan = launch.order.facts, launch.order.plan
         options = launch.order.options
         drafted = options.use_draft and (plan.draft is not None or options.draft is not None)
         drafted = drafted or guesses_alone(options.engine.speculation)
+        if guessed and not drafted:
+            return
         if plan.split is None:
             # The prediction stays what it was before the first observation.
             others = {key: speed for key, speed in self._alone.items() if key[0] != launch.model}
@@ -587,11 +593,11 @@ class PerformanceServices:
         await self._planner.close()
         await self._speeds.close()
 
-    def _observe(self, model: str, tokens: int, seconds: float) -> None:
+    def _observe(self, model: str, tokens: int, seconds: float, guessed: int) -> None:
         """An answer of this node's own engine took so long, alone on the machine."""
         launch = next((one for one in self._node.launches if one.model == model), None)
         if launch is not None:
-            self._planner.observed(launch, seconds / tokens)
+            self._planner.observed(launch, seconds / tokens, guessed=guessed > 0)
 
     def _observe_prompt(self, model: str, tokens: int, seconds: float) -> None:
         """A prompt was read by this node's own engine, alone on the machine."""

@@ -68,7 +68,7 @@ _IRRELEVANT = frozenset(
     {
         *("model", "alias", "port", "socket", "key_file", "slot_socket", "slots", "devices", "threads", "gpu_layers"),
         *("cpu_moe", "batch", "micro_batch", "prompt_cache_mib", "embeddings", "pooling", "mmproj", "draft_max"),
-        *("sampling", "speculation", "chat_template", "reasoning_budget"),
+        *("sampling", "speculation", "while_it_pays", "chat_template", "reasoning_budget"),
     }
 )
 """Fields of a spec on which the state of a slot does not depend; files count by their content."""

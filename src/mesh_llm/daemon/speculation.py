@@ -1,4 +1,7 @@
-"""Switches the speculation of engines that run here, without another start: off while it would do harm, then on.
+"""The speculation of engines that run here: what guesses gain, and off while they would do harm.
+
+Whether a guess pays is decided inside the engine, before each pass (`core/performance/speculation.py`). Here the node
+learns of it.
 
 llama-server gives no log probabilities for tokens that it guessed (server-context.cpp leaves `result.probs` empty), and
 has no option of a request to switch that. So an engine guesses nothing while it answers such a request.
@@ -11,7 +14,7 @@ from typing import Protocol
 
 import structlog
 
-from mesh_llm.core.performance.speculation import Answer, Speculating, after
+from mesh_llm.core.performance.speculation import Guesses
 from mesh_llm.engine.slots import SlotError
 from mesh_llm.runtime.supervision import TaskScope
 
@@ -25,18 +28,22 @@ class Switch(Protocol):
         """Guess tokens ahead from now on, or not. Raises SlotError."""
         ...
 
+    async def guesses(self) -> Guesses:
+        """What guesses gain. Raises SlotError."""
+        ...
+
 
 @dataclass
 class _Launch:
     """One engine. `pauses`: how many want it not to guess; `on`: what it was asked last.
 
-    `known`: whether guesses pay, where that decides; None where the user did. `warm`: it has answered before: the first
-    answer is slower than all others, and says nothing.
+    `known`: what guesses gained when it was last asked; `asking`: it is being asked.
     """
 
     switch: Switch
-    known: Speculating | None = None
-    warm: bool = False
+    auto: bool
+    known: Guesses = field(default_factory=Guesses)
+    asking: bool = False
     pauses: int = 0
     on: bool = True
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -58,26 +65,19 @@ class EngineGuessing:
             term: the launch's number.
             switch: None where it does not guess, or cannot be switched.
             kind: of its guesses, as llama.cpp names it; empty for none.
-            auto: it guesses only while that pays.
+            auto: nobody named that kind: it guesses only while that pays.
         """
         if kind:
             self._kinds[model, term] = kind
         if switch is not None:
-            self._launches[model, term] = _Launch(switch, Speculating() if auto else None)
+            self._launches[model, term] = _Launch(switch, auto)
 
-    def answered(self, model: str, term: int, answer: Answer) -> None:
-        """A launch answered alone on this machine: guess on, or stop that, by what it gained."""
+    def ended(self, model: str, term: int) -> None:
+        """A launch has ended an answer: look at what its guesses gain."""
         launch = self._launches.get((model, term))
-        if launch is None or launch.known is None:
-            return
-        if not launch.warm:
-            launch.warm = True
-            return
-        before, launch.known = launch.known, after(launch.known, answer)
-        if launch.known.on != before.on:
-            gain = None if before.gain is None else round(before.gain, 3)
-            _log.info("speculation judged", model=model, on=launch.known.on, gain=gain, next=launch.known.rest)
-            self._scope.spawn(self._apply(model, launch), f"guess {model}")
+        if launch is not None and not launch.asking:
+            launch.asking = True
+            self._scope.spawn(self._look(model, launch), f"guesses {model}")
 
     def closed(self, model: str, term: int) -> None:
         """A launch has ended."""
@@ -87,12 +87,18 @@ class EngineGuessing:
     def describe(self, model: str, term: int) -> str:
         """How a launch guesses, and what that gains, in words; empty if it does not."""
         kind, launch = self._kinds.get((model, term), ""), self._launches.get((model, term))
-        if not kind or launch is None or launch.known is None:
+        if not kind or launch is None:
             return kind
-        if not launch.known.on:
-            return f"{kind}, off for the next tokens"
-        gain = launch.known.gain
-        return kind if gain is None else f"{kind}, gains {gain:.0%}"
+        known = launch.known
+        words = [f"{kind} (auto)" if launch.auto else kind]
+        if known.gain is None:
+            words.append("nothing guessed yet")
+        else:
+            words.append(f"{'gains' if known.gain >= 0.0 else 'loses'} {abs(known.gain):.0%}")
+            words.append(f"{known.accepted / max(1, known.guessed):.0%} of guesses right")
+        if launch.auto and known.waits:
+            words.append("waits: the last guesses did not pay")
+        return ", ".join(words)
 
     def active(self, model: str, term: int) -> bool:
         """Whether a launch guesses, and can be switched."""
@@ -125,9 +131,22 @@ class EngineGuessing:
         """Stop. Engines stay as they are."""
         await self._scope.close()
 
+    async def _look(self, model: str, launch: _Launch) -> None:
+        try:
+            known = await launch.switch.guesses()
+        except SlotError as error:
+            _log.debug("guesses not known", model=model, reason=str(error))
+            return
+        finally:
+            launch.asking = False
+        before, launch.known = launch.known, known
+        if launch.auto and known.waits != before.waits:
+            gain = None if known.gain is None else round(known.gain, 3)
+            _log.info("speculation judged", model=model, on=not known.waits, gain=gain)
+
     async def _apply(self, model: str, launch: _Launch) -> None:
         async with launch.lock:
-            on = not launch.pauses and (launch.known is None or launch.known.on)
+            on = not launch.pauses
             if on == launch.on:
                 return
             # If this is cancelled, the engine may have heard it or not.

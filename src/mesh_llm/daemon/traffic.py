@@ -4,7 +4,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
-from mesh_llm.core.performance.speculation import Answer
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.announcement import Standing
 from mesh_llm.core.types.events import AnyEvent, ModelAwaited, TargetFailed, TrafficSampled
@@ -36,12 +35,12 @@ class TrafficMeter:
         self._tokens: Counter[str] = Counter()
         self._last: TrafficSampled | None = None
         self._alone = True
-        self.observe: Callable[[str, int, float], None] = lambda _model, _tokens, _seconds: None
+        self.observe: Callable[[str, int, float, int], None] = lambda _model, _tokens, _seconds, _guessed: None
         """Called for each answer that ran alone on this node's engines: model, tokens, seconds."""
         self.observe_prompt: Callable[[str, int, float], None] = lambda _model, _tokens, _seconds: None
         """The same for each long prompt."""
-        self.observe_answer: Callable[[str, int, Answer], None] = lambda _model, _term, _answer: None
-        """Called for each answer that ran alone on this node's engines: model, term, what the engine counted."""
+        self.observe_end: Callable[[str, int], None] = lambda _model, _term: None
+        """Called for each answer of this node's engines that has ended: model, term."""
         self._awaited: Counter[tuple[str, NodeId | None]] = Counter()
         self.node = NodeId("")
         """This node; set when it is known."""
@@ -57,7 +56,7 @@ class TrafficMeter:
             self._in_flight[model] += 1
             self._idle.setdefault(model, asyncio.Event()).clear()
 
-    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
+    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0) -> None:
         """A request ended. Its speed counts if it succeeded."""
         if not target.local:
             return
@@ -77,12 +76,8 @@ class TrafficMeter:
             before = self._speeds.get(model, 0.0)
             self._speeds[model] = before + weight * (tokens / seconds - before)
             if self._alone and tokens >= _LEARN_TOKENS:
-                self.observe(model, tokens, seconds)
-
-    def answered(self, model: str, target: Target, answer: Answer) -> None:
-        """What an engine counted of an answer. One that ran alone shows whether guesses pay."""
-        if target.local and self._alone:
-            self.observe_answer(model, target.term, answer)
+                self.observe(model, tokens, seconds, guessed)
+        self.observe_end(model, target.term)
 
     def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
         """A prompt's new tokens were read. Long prompts that ran alone are learned from."""

@@ -16,6 +16,8 @@ from typing import Protocol
 
 import msgspec
 
+from mesh_llm.core.performance.speculation import Guesses
+
 LIST_SECONDS = 5.0
 MOVE_SECONDS = 60.0
 _READ_SECONDS = 10.0
@@ -62,6 +64,7 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     slots: tuple[Slot, ...] = ()
     moved: Moved | None = None
+    guesses: Guesses | None = None
 
 
 class SlotAccess(Protocol):
@@ -77,6 +80,10 @@ class SlotAccess(Protocol):
 
     def speculate(self, *, on: bool) -> None:
         """Guess tokens ahead from now on, or not: at once, also in answers under way."""
+        ...
+
+    def guesses(self) -> Guesses:
+        """What guesses gain."""
         ...
 
 
@@ -108,6 +115,13 @@ class SlotControl:
     async def speculate(self, *, on: bool) -> None:
         """Guess tokens ahead from now on, or not: at once, also in answers under way. Raises SlotError."""
         await self._ask(_Question(action="guess" if on else "no guesses", key=self.key))
+
+    async def guesses(self) -> Guesses:
+        """What its guesses gain. Raises SlotError."""
+        found = (await self._ask(_Question(action="guesses", key=self.key))).guesses
+        if found is None:
+            raise SlotError("the engine's answer says nothing")
+        return found
 
     async def _move(self, action: str, slot: int, file: int, seconds: float) -> Moved:
         question = _Question(action=action, key=self.key, slot=slot, seconds=seconds)
@@ -196,6 +210,8 @@ def _answered(question: _Question, files: list[int], key: str, access: SlotAcces
         if question.action in {"guess", "no guesses"}:
             access.speculate(on=question.action == "guess")
             return _Answer()
+        if question.action == "guesses":
+            return _Answer(guesses=access.guesses())
         if question.action in {"save", "restore"} and files:
             # The descriptor's own name: reading it needs no file system, and works for a process that is not dumpable.
             path = f"/proc/self/fd/{files[0]}"

@@ -1,6 +1,6 @@
 """What an engine is to run, and what an engine says of itself. Independent of where the engine comes from."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
@@ -86,6 +86,7 @@ class EngineSpec(_Spec):
         speculation: the kind of guesses, as llama.cpp names it: `draft-simple` (also where it is empty and there is a
             draft), `draft-eagle3`, `draft-dflash`, `draft-mtp` (the model's own heads if there is no draft),
             `ngram-...`; or NGRAM. Empty without a draft: none.
+        while_it_pays: nobody named that kind: guess only what gains, as far as the engine can be switched.
         chat_template: in Jinja, or the name of a built-in one; empty for the model's own.
         reasoning_budget: most tokens of reasoning; None for the engine's default.
         environment: variables of the process.
@@ -119,6 +120,7 @@ class EngineSpec(_Spec):
     prompt_cache_mib: int = 256
     sampling: Sampling = field(default_factory=Sampling)
     speculation: str = ""
+    while_it_pays: bool = False
     chat_template: str = ""
     reasoning_budget: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
@@ -167,6 +169,11 @@ class EngineSpec(_Spec):
         if self.draft is not None and not self.speculation.startswith("draft-"):
             return "draft-simple"
         return NGRAM_TYPE if self.speculation == NGRAM else self.speculation
+
+    @property
+    def unswitched(self) -> "EngineSpec":
+        """The spec for an engine that cannot be switched: of guesses that nobody named, only a draft model's."""
+        return self if self.draft is not None or not self.while_it_pays else replace(self, speculation="")
 
     @property
     def output_device(self) -> str:

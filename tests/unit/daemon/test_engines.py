@@ -300,14 +300,34 @@ async def test_what_is_run(
         ("ngram", None, None, "ngram-map-k"),
         ("ngram-mod", None, None, "ngram-mod"),
         ("off", None, None, ""),
-        ("", None, None, ""),
+        ("", None, None, "ngram-map-k"),
     ],
 )
 async def test_how_tokens_are_guessed(chosen: str, found: str | None, draft: str | None, expected: str) -> None:
     world = World()
     options = LaunchOptions(draft=draft, engine=EngineOptions(speculation=chosen))
     planned = msgspec.structs.replace(plan("tiny"), draft=found)
-    assert world.engines.spec(StartEngine(plan=planned, options=options, term=Term(1))).speculation_type == expected
+    spec = world.engines.spec(StartEngine(plan=planned, options=options, term=Term(1)))
+    assert (spec.speculation_type, spec.while_it_pays) == (expected, not chosen)
+    # Of what nobody named, an engine that cannot be switched has only a draft.
+    assert spec.unswitched.speculation_type == ("" if spec.draft is None and not chosen else expected)
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("", "draft-mtp"), ("off", ""), ("draft", "draft-simple")])
+async def test_heads_of_its_own_come_before_a_draft(
+    chosen: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh_llm.daemon.engines.has_own_heads", lambda _: True)
+    world = World()
+    options = LaunchOptions(use_draft=chosen != "off", engine=EngineOptions(speculation=chosen))
+    planned = msgspec.structs.replace(plan("tiny"), draft="tiny-draft")
+    spec = world.engines.spec(StartEngine(plan=planned, options=options, term=Term(1)))
+    assert spec.speculation_type == expected
+    # Those heads would be on other machines.
+    layout = SplitLayout(term=1, shares=())
+    split = msgspec.structs.replace(planned, split=layout)
+    spec = world.engines.spec(StartEngine(plan=split, options=options, term=Term(1)))
+    assert spec.speculation_type == ("" if chosen == "off" else "draft-simple")
 
 
 async def test_a_model_without_heads_of_its_own_cannot_guess_by_them() -> None:

@@ -1,6 +1,6 @@
 import asyncio
 
-from mesh_llm.core.performance.speculation import Answer
+from mesh_llm.core.performance.speculation import Guesses
 from mesh_llm.daemon.speculation import EngineGuessing
 from mesh_llm.engine.slots import SlotError
 from mesh_llm.runtime.supervision import TaskScope
@@ -11,6 +11,7 @@ class FakeSwitch:
         self.asked: list[bool] = []
         self.broken = broken
         self.reached = asyncio.Event()
+        self.known = Guesses()
 
     async def speculate(self, *, on: bool) -> None:
         self.asked.append(on)
@@ -18,6 +19,12 @@ class FakeSwitch:
         await asyncio.sleep(0)
         if self.broken:
             raise SlotError("gone")
+
+    async def guesses(self) -> Guesses:
+        await asyncio.sleep(0)
+        if self.broken:
+            raise SlotError("gone")
+        return self.known
 
 
 async def settled() -> None:
@@ -80,35 +87,36 @@ async def test_a_pause_that_is_cancelled_does_not_last() -> None:
 
 
 async def test_it_says_what_guesses_gain() -> None:
-    guessing = EngineGuessing()
-    guessing.opened("m", 1, FakeSwitch(), kind="draft-simple", auto=True)
-    guessing.opened("fixed", 1, None, kind="ngram-map-k")
-    assert (guessing.describe("m", 1), guessing.describe("fixed", 1)) == ("draft-simple", "ngram-map-k")
-    for answer in (Answer(90, 9.0), Answer(100, 10.0), Answer(100, 5.0, 60, 50)):
-        guessing.answered("m", 1, answer)
-    assert guessing.describe("m", 1).startswith("draft-simple, gains ")
+    guessing, switch = EngineGuessing(), FakeSwitch()
+    guessing.opened("m", 1, switch, kind="ngram-map-k", auto=True)
+    guessing.opened("fixed", 1, None, kind="draft-simple")
+    assert guessing.describe("fixed", 1) == "draft-simple"
+    assert guessing.describe("m", 1) == "ngram-map-k (auto), nothing guessed yet"
+    for known, text in (
+        (Guesses(gain=0.52, guessed=40, accepted=30), "ngram-map-k (auto), gains 52%, 75% of guesses right"),
+        (
+            Guesses(gain=-0.01, guessed=40, waits=True),
+            "ngram-map-k (auto), loses 1%, 0% of guesses right, waits: the last guesses did not pay",
+        ),
+    ):
+        switch.known = known
+        guessing.ended("m", 1)
+        guessing.ended("m", 1)
+        await settled()
+        assert guessing.describe("m", 1) == text
     guessing.closed("m", 1)
+    guessing.ended("m", 1)
     assert guessing.describe("m", 1) == ""
     await guessing.close()
 
 
-async def test_guesses_that_do_not_pay_stop_and_come_back_unless_the_user_chose_them() -> None:
-    guessing, found, named = EngineGuessing(), FakeSwitch(), FakeSwitch()
-    guessing.opened("found", 1, found, auto=True)
-    guessing.opened("named", 1, named)
-    for number in range(80):
-        guesses = 200 + number % 2 * 100 if found.asked[-1:] != [False] else 0
-        answer = Answer(100, 1.0 + guesses * 0.01, guesses, 0)
-        guessing.answered("found", 1, answer)
-        guessing.answered("named", 1, answer)
-        guessing.answered("gone", 1, answer)
-        await settled()
-    assert found.asked[:3] == [False, True, False]
-    # A request that minds guesses changes nothing while there are none.
-    resume = await guessing.pause("found", 1)
-    asked = list(found.asked)
-    resume()
+async def test_an_engine_that_does_not_say_what_it_gains_is_asked_again() -> None:
+    guessing, switch = EngineGuessing(), FakeSwitch(broken=True)
+    guessing.opened("m", 1, switch, kind="ngram-map-k")
+    guessing.ended("m", 1)
     await settled()
-    assert (found.asked, named.asked) == (asked, [])
-    assert found.asked[-1] is False
+    switch.broken, switch.known = False, Guesses(gain=0.1, guessed=2, accepted=1)
+    guessing.ended("m", 1)
+    await settled()
+    assert guessing.describe("m", 1) == "ngram-map-k, gains 10%, 50% of guesses right"
     await guessing.close()

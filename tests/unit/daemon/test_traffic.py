@@ -106,7 +106,7 @@ async def test_idle_waits_for_the_last_request() -> None:
 def test_only_answers_that_had_the_engines_for_themselves_tell_of_the_machine() -> None:
     traffic, _ = meter()
     told: list[tuple[str, int, float]] = []
-    traffic.observe = lambda model, tokens, seconds: told.append((model, tokens, seconds))
+    traffic.observe = lambda model, tokens, seconds, _guessed: told.append((model, tokens, seconds))
     traffic.started("m", LOCAL)
     traffic.finished("m", LOCAL, ok=True, tokens=100, seconds=1.0)
     traffic.started("m", LOCAL)

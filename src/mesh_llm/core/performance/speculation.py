@@ -1,132 +1,216 @@
-"""Whether guessing tokens ahead pays, from the answers of one model: its gain, when to stop, and when to try again.
+"""How many tokens an engine guesses ahead, decided before each pass through the model: guessing never costs much.
 
-An engine checks a guess together with the token before it. So an answer of `tokens` tokens, of which `accepted` were
-guessed rightly, takes `tokens - accepted` passes. A pass takes as long as a token without guesses (in a split model
-with the round trip to its workers), and each guessed token adds its part of drafting and checking. Both are learned
-from the answers themselves, by least squares, in which newer answers weigh more.
+A guess is checked together with the token before it, in one pass. How much longer that takes depends on the machine,
+the model and the links of a split; what it gains depends on the text. Both are measured for each pass. `GuessBudget`
+keeps an account, in passes without a guess:
+
+- A pass with a guess pays in what it gained, and takes out what it lost, against the mean of passes without a guess.
+- A pass without a guess pays in a small part, so that there is a new trial from time to time.
+- A guess is only as wide as the account could bear if all of it were wrong; while it bears none, nothing is guessed.
+- A new answer begins with little, whatever the one before gained.
+
+So an answer takes at most START_CREDIT passes and REFILL of its time longer than without guesses, whatever its text is:
+under 3 % from 50 tokens on. Right guesses widen the next ones, wrong ones narrow them.
 """
 
 import msgspec
 
 LEAST_GAIN = 0.03
-"""A gain below it is not worth guessing."""
+"""A guess that gains less than this part counts as a loss."""
 
-RESUME_GAIN = 0.06
-"""A gain that guesses must have in a trial to go on. Above LEAST_GAIN, so that they are not switched to and fro."""
+REFILL = 0.01
+"""Part of the passes without guesses that may be spent on trials."""
 
-_MOST_GAIN = 64.0
-_FORGET = 0.9
-"""Weight of what was known, for each answer."""
-_LEAST_TOKENS = 16
-"""Shorter answers say little."""
-_ENOUGH_TOKENS = 256
-"""Tokens after which a phase is judged."""
-_PLAIN_TOKENS = 64
-"""Tokens without guesses that show what a pass costs, where all answers with guesses are alike."""
-_FIRST_REST_TOKENS = 2048
-_MOST_REST_TOKENS = 1 << 17
+START_CREDIT = 1.0
+"""Most passes that an answer begins with."""
 
+MOST_CREDIT = 16.0
+"""Most passes that an answer can have in its account: enough for a few wide guesses in a row."""
 
-class Answer(msgspec.Struct, frozen=True):
-    """One answer that ran alone: `tokens` generated in `seconds`; of `guessed` tokens, `accepted` were right."""
+LEAST_WIDTH = 4
+"""Tokens of a first guess, and of one after a wrong guess, where the account bears as many."""
 
-    tokens: int
-    seconds: float
-    guessed: int = 0
-    accepted: int = 0
-
-    @property
-    def passes(self) -> int:
-        """Passes through the model."""
-        return max(1, self.tokens - self.accepted)
-
-
-class Cost(msgspec.Struct, frozen=True):
-    """Sums of a least-squares fit of `seconds = passes * pass_seconds + guessed * guess_seconds`."""
-
-    pp: float = 0.0
-    pg: float = 0.0
-    gg: float = 0.0
-    ps: float = 0.0
-    gs: float = 0.0
-
-    def learned(self, answer: Answer) -> "Cost":
-        """The fit with one more answer."""
-        weight = 1.0 / answer.passes
-        return Cost(
-            _FORGET * self.pp + weight * answer.passes**2,
-            _FORGET * self.pg + weight * answer.passes * answer.guessed,
-            _FORGET * self.gg + weight * answer.guessed**2,
-            _FORGET * self.ps + weight * answer.passes * answer.seconds,
-            _FORGET * self.gs + weight * answer.guessed * answer.seconds,
-        )
-
-    def pass_seconds(self) -> float | None:
-        """Seconds of a pass without guesses; None while answers were too alike to tell the two parts."""
-        if self.pp <= 0.0:
-            return None
-        if self.gg <= 0.0:
-            return self.ps / self.pp
-        apart = self.pp * self.gg - self.pg**2
-        if apart < 1e-2 * self.pp * self.gg:
-            return None
-        # Neither part is negative: a pass is no faster with guesses.
-        return min(self.ps / self.pp, max(0.0, (self.ps * self.gg - self.gs * self.pg) / apart))
+_LEARN = 4
+"""Passes without a guess that show what these take, before the first guess."""
+_FRESH = 64
+"""Passes with guesses in a row after which there is one without, so that what it takes is known."""
+_GUESS = 0.25
+"""What a guessed token takes, in passes, before that is measured. Processors take so much, GPUs less."""
+_SMOOTHING = 0.1
+_OUTLIER = 2.0
+"""A value counts as at most so many times the mean: something else may have stopped the machine."""
+_MOST_ANSWERS = 32
+_FORGET = 0.998
+"""Of the sums that the gain is computed from, for each token."""
+_MUCH = 64
+"""Tokens from which a draft's reading counts by itself, and not as a part of the guess."""
+_READ_AHEAD = 128
+"""Tokens over which a draft that gains may earn back what it reads before it can guess."""
 
 
-class Speculating(msgspec.Struct, frozen=True):
-    """What is known of one model's speculation.
+class Pass(msgspec.Struct, frozen=True):
+    """One pass through the model.
 
     Attributes:
-        on: it guesses.
-        cost: the fit so far.
-        tokens: tokens of this phase.
-        seconds: seconds of this phase.
-        rest: tokens without guesses until the next trial.
-        trial: this phase is a trial after a rest.
+        answers: that it computed for, at once.
+        tokens: that they got, together: at least one each.
+        guessed: tokens that were guessed ahead, and checked in it.
+        seconds: that it took, with guessing them.
     """
 
-    on: bool = True
-    cost: Cost = Cost()
-    tokens: int = 0
-    seconds: float = 0.0
-    rest: int = _FIRST_REST_TOKENS
-    trial: bool = False
+    answers: int
+    tokens: int
+    guessed: int
+    seconds: float
+
+
+class Guesses(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an engine's guesses.
+
+    Attributes:
+        gain: part by which it is faster than without them, of late; None before it has guessed anything.
+        guessed: tokens that were guessed since the engine started, in passes that were measured.
+        accepted: of these, how many were right.
+        waits: it guesses nothing now, because it lost by it.
+        pass_ms: milliseconds of a pass without a guess, for one answer; 0.0: not known.
+    """
+
+    gain: float | None = None
+    guessed: int = 0
+    accepted: int = 0
+    waits: bool = False
+    pass_ms: float = 0.0
+
+
+class GuessBudget:
+    """The account of one engine."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: tokens of the widest guess."""
+        self._most = max(1, most)
+        self._width = min(LEAST_WIDTH, self._most)
+        self._credit = START_CREDIT
+        self._plain: dict[int, _Mean] = {}
+        self._guess: dict[int, _Mean] = {}
+        self._in_a_row = 0
+        self._worth = 0.0
+        self._spent = 0.0
+        self._guessed = 0
+        self._accepted = 0
+        self._token_gain = 0.0
+        self._reading = _Mean()
+        self._to_read = 0
+        self._waits = False
+
+    def began(self, answers: int) -> None:
+        """An answer begins; `answers` run with it. What others gained is not for it to lose, if it is alone."""
+        if answers <= 1:
+            self._credit = min(self._credit, START_CREDIT)
+            self._width = min(LEAST_WIDTH, self._most)
+
+    def passed(self, one: Pass) -> None:
+        """A pass is over. One whose time is not known is not to be reported."""
+        if one.answers < 1 or one.tokens < one.answers or one.seconds <= 0.0:
+            return
+        key = min(one.answers, _MOST_ANSWERS)
+        plain = self._plain.setdefault(key, _Mean())
+        if not one.guessed:
+            plain.add(one.seconds)
+            self._in_a_row = 0
+            self._pay_in(REFILL)
+            self._count(one.seconds, one.seconds, one.tokens)
+            return
+        self._in_a_row += 1
+        accepted = one.tokens - one.answers
+        self._guessed += one.guessed
+        self._accepted += accepted
+        self._turn(accepted, one)
+        if not plain.count:
+            return
+        worth = one.tokens / one.answers
+        spent = one.seconds / plain.value
+        # What a draft reads serves all guesses that follow: it takes what is there, and does not overdraw the account.
+        reading = self._read(spent - 1.0)
+        checking = spent - reading
+        self._guess.setdefault(key, _Mean()).add(max(0.0, checking - 1.0) / one.guessed)
+        self._pay_in(worth / (1.0 + LEAST_GAIN) - checking)
+        self._credit -= min(reading, max(0.0, self._credit))
+        self._token_gain += _SMOOTHING * ((worth - checking) / one.tokens - self._token_gain)
+        self._count(worth * plain.value, one.seconds, one.tokens)
+
+    def width(self, answers: int, unread: int = 0) -> int:
+        """Most tokens to guess for each answer at the next pass; 0: none.
+
+        Args:
+            answers: that the pass computes for.
+            unread: tokens that a draft would have to read first.
+        """
+        self._to_read, self._waits = 0, False
+        key = min(answers, _MOST_ANSWERS)
+        plain = self._plain.get(key)
+        if plain is None or plain.count < _LEARN or self._in_a_row >= _FRESH:
+            return 0
+        guess = self._guess.get(key)
+        each = max(answers, 1) * (_GUESS if guess is None else guess.value)
+        credit = max(0.0, self._credit)
+        borne = self._most if each * self._most <= credit else int(credit / each)
+        reading = self._reading.value * unread if unread >= _MUCH else 0.0
+        self._waits = not borne or reading > self._credit + max(0.0, self._token_gain) * _READ_AHEAD
+        if self._waits:
+            return 0
+        self._to_read = unread if unread >= _MUCH else 0
+        return min(self._width, borne)
 
     @property
-    def gain(self) -> float | None:
-        """Part by which answers of this phase were faster than without guesses; None while that is not known."""
-        plain = self.cost.pass_seconds()
-        if not self.on or plain is None or not self.tokens or self.seconds <= 0.0:
-            return None
-        return min(_MOST_GAIN, self.tokens * plain / self.seconds - 1.0)
+    def guesses(self) -> Guesses:
+        """What is known now."""
+        plain = self._plain.get(1)
+        return Guesses(
+            gain=self._worth / self._spent - 1.0 if self._guessed and self._spent > 0.0 else None,
+            guessed=self._guessed,
+            accepted=self._accepted,
+            waits=self._waits,
+            pass_ms=0.0 if plain is None else round(plain.value * 1e3, 3),
+        )
+
+    def _pay_in(self, passes: float) -> None:
+        self._credit = min(MOST_CREDIT, self._credit + passes)
+
+    def _count(self, worth: float, spent: float, tokens: int) -> None:
+        kept = _FORGET**tokens
+        self._worth = kept * self._worth + worth
+        self._spent = kept * self._spent + spent
+
+    def _turn(self, accepted: int, one: Pass) -> None:
+        """Widen the next guess after a right one; after a wrong one, guess as many as were right."""
+        right = accepted // one.answers
+        if accepted == one.guessed:
+            self._width = min(self._most, max(self._width, 2 * right))
+        else:
+            self._width = min(self._most, max(LEAST_WIDTH, right + 1))
+
+    def _read(self, extra: float) -> float:
+        """Of the passes that one took longer than one without a guess: those in which a draft read, if it did."""
+        if not self._to_read or extra <= 0.0:
+            return 0.0
+        self._reading.add(extra / self._to_read)
+        return extra
 
 
-def after(state: Speculating, answer: Answer) -> Speculating:
-    """What is known, and whether to guess, after one more answer. Pure; an answer that says nothing changes nothing."""
-    if answer.tokens < _LEAST_TOKENS or answer.seconds <= 0.0 or answer.accepted > answer.guessed:
-        return state
-    cost = state.cost.learned(answer)
-    if state.on and not answer.guessed:
-        # Nothing was there to guess, or a request did not want it: it only shows what a pass costs.
-        return msgspec.structs.replace(state, cost=cost)
-    now = msgspec.structs.replace(
-        state,
-        cost=cost,
-        tokens=state.tokens + answer.tokens,
-        seconds=state.seconds + answer.seconds,
-    )
-    if not now.on:
-        if now.tokens < now.rest:
-            return now
-        return msgspec.structs.replace(now, on=True, trial=True, tokens=0, seconds=0.0)
-    gain = now.gain
-    if now.tokens < _ENOUGH_TOKENS:
-        return now
-    if gain is None:
-        return msgspec.structs.replace(now, on=False, trial=False, tokens=0, seconds=0.0, rest=_PLAIN_TOKENS)
-    if gain < (RESUME_GAIN if now.trial else LEAST_GAIN):
-        rest = min(_MOST_REST_TOKENS, max(_FIRST_REST_TOKENS, now.rest * 2)) if now.trial else _FIRST_REST_TOKENS
-        return msgspec.structs.replace(now, on=False, trial=False, tokens=0, seconds=0.0, rest=rest)
-    # A new phase, so that what changes is soon seen.
-    return msgspec.structs.replace(now, trial=False, tokens=answer.tokens, seconds=answer.seconds)
+class _Mean:
+    """A mean in which new values weigh more; of the first few values, the least."""
+
+    __slots__ = ("count", "value")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        if self.count == 1:
+            self.value = value
+        elif self.count <= _LEARN:
+            self.value = min(self.value, value)
+        else:
+            self.value += _SMOOTHING * (min(value, _OUTLIER * self.value) - self.value)

@@ -5,7 +5,6 @@ from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mesh_llm.core.performance.prompt_cache import Mark
-from mesh_llm.core.performance.speculation import Answer
 from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
 from mesh_llm.core.types.ids import NodeId
 
@@ -173,12 +172,11 @@ class Traffic(Protocol):
         """A request was sent to a target."""
         ...
 
-    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float) -> None:
-        """A request ended (`ok` False: the target failed it); `tokens` generated in `seconds` of generation."""
-        ...
+    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0) -> None:
+        """A request ended (`ok` False: the target failed it); `tokens` generated in `seconds` of generation.
 
-    def answered(self, model: str, target: Target, answer: Answer) -> None:
-        """After `finished`, with what the engine counted of an answer and of its guesses."""
+        `guessed`: tokens that the engine guessed ahead for it.
+        """
         ...
 
     def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:

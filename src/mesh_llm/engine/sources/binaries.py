@@ -113,7 +113,7 @@ class BinarySource:
         """llama-server with the options that this build knows."""
         text = await self._help_text()
         endpoints, env = await asyncio.to_thread(client_environment, spec.rpc, self._policy.cache)
-        spec = replace(spec, rpc=endpoints)
+        spec = replace(spec.unswitched, rpc=endpoints)
         if _UNIX_SOCKETS not in text:
             spec = replace(spec, socket=None)
         if spec.rpc and spec.devices and not spec.uses_cpu_only:

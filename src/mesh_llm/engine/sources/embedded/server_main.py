@@ -16,7 +16,8 @@ from mesh_llm.engine.arguments import put, read_arguments
 from mesh_llm.engine.slots import SlotError, SlotListener
 from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
-from mesh_llm.engine.sources.embedded.slot_library import EngineSlots
+from mesh_llm.engine.sources.embedded.guessing import EngineGuesses
+from mesh_llm.engine.sources.embedded.slot_library import EngineSlots, load
 from mesh_llm.engine.spec import (
     LOOPBACK,
     NGRAM,
@@ -61,29 +62,56 @@ def main(arguments: list[str]) -> int:
         if spec.rpc:
             registry = ggml.load_plugin(Path(others[1]))
             ggml.add_rpc_servers(registry, spec.rpc, host=bool(spec.host_layers))
+        library = None if slots is None or spec.slot_socket is None else _load(slots)
+        guesses = None if library is None else _guesses(library, spec)
+        if guesses is None:
+            spec = spec.unswitched
         params = common_params(spec, ggml)
-        listener = None if slots is None or spec.slot_socket is None else SlotListener(spec.slot_socket)
+        listener = None if library is None or spec.slot_socket is None else SlotListener(spec.slot_socket)
         server = wheel().Server(params)
     except (GgmlError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201 - goes to the child's log
         return 1
-    if listener is not None and slots is not None:
-        _serve_slots(listener, next(iter(params.api_keys), ""), slots, server)
+    if listener is not None:
+        _serve_slots(listener, next(iter(params.api_keys), ""), library, server, guesses)
     # On a line of its own, even if the library has left one unfinished.
     print(f"\nlistening on {server.listening_address}", flush=True)  # noqa: T201 - read by the supervisor
     while True:
         signal.pause()
 
 
-def _serve_slots(listener: SlotListener, key: str, library: Path, server: Any) -> None:
+def _load(library: Path) -> Any:
+    try:
+        return load(library)
+    except (GgmlError, OSError) as error:
+        _warn(f"prompt caches are not saved, and guesses not switched: {error}")
+        return None
+
+
+def _guesses(library: Any, spec: EngineSpec) -> EngineGuesses | None:
+    """What decides how many tokens are guessed ahead; None where nothing is, or the engine cannot be asked."""
+    if not spec.speculation_type:
+        return None
+    try:
+        return EngineGuesses(library, spec.draft_max, while_it_pays=spec.while_it_pays)
+    except SlotError as error:
+        _warn(f"guesses are not switched: {error}")
+        return None
+
+
+def _serve_slots(listener: SlotListener, key: str, library: Any, server: Any, guesses: EngineGuesses | None) -> None:
     """Answer about the slots, in a thread. Without them the model is served all the same."""
     try:
-        access = EngineSlots(library, server)
-    except (GgmlError, OSError, SlotError) as error:
+        access = EngineSlots(library, server, guesses)
+    except SlotError as error:
         listener.close()
-        print(f"warning: prompt caches are not saved: {error}", file=sys.stderr, flush=True)  # noqa: T201 - for the log
+        _warn(f"prompt caches are not saved: {error}")
         return
     threading.Thread(target=listener.serve, args=(key, access), name="slots", daemon=True).start()
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)  # noqa: T201 - for the log
 
 
 def harden() -> None:

@@ -1,6 +1,6 @@
 """The library that reaches the slots of the embedded llama-server from inside its process: built once, then loaded.
 
-It also switches speculation on and off, which the server cannot do for a request.
+It also lets the server ask how many tokens to guess ahead (`guesses.h`), which it has no option for.
 
 llama.cpp saves a slot only through an HTTP route that writes files, which stays off: it has a published vulnerability.
 The server's own task for it can be posted from inside of its process, but only from C++. So a small library is compiled
@@ -17,12 +17,14 @@ from typing import Any
 
 import msgspec
 
+from mesh_llm.core.performance.speculation import Guesses
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import compiler
 from mesh_llm.engine.installation import Found, build_directories, digest, look
 from mesh_llm.engine.slots import Moved, Slot, SlotError
 from mesh_llm.engine.sources.embedded import library_build, plugin
 from mesh_llm.engine.sources.embedded.archive import VERSION, Progress, find_archive, run_to_end, unpack_headers
+from mesh_llm.engine.sources.embedded.guessing import EngineGuesses
 from mesh_llm.engine.sources.embedded.library_build import Library, Work
 from mesh_llm.engine.spec import EnginePart, PartState
 
@@ -32,6 +34,7 @@ SLOTS = "slots"
 LOG_NAME = "build-slots.log"
 
 _SOURCE = Path(__file__).with_name("slots.cpp")
+_INCLUDED = Path(__file__).with_name("guesses.h")
 _HEADERS = ("common", "include", "ggml/include", "tools/server", "tools/mtmd")
 _ROOM = 1 << 20
 """For an answer of the server, bytes: 256 slots need a third of it."""
@@ -48,7 +51,7 @@ def supported() -> bool:
 
 def revision() -> str:
     """Of the library's source, as the manifest notes it: one of an earlier source is built again."""
-    return digest(_SOURCE)[:16]
+    return digest(_SOURCE)[:8] + digest(_INCLUDED)[:8]
 
 
 def examine(cache: Path) -> Found:
@@ -78,7 +81,7 @@ def status(cache: Path) -> EnginePart:
     return EnginePart(
         name=SLOTS,
         state=PartState.MISSING if buildable else PartState.FAILED,
-        text=f"Prompt caches do not survive a restart of the engine. {text}",
+        text=f"Prompt caches do not survive a restart of the engine, and it guesses no tokens ahead by itself. {text}",
         hint="Run `mesh-llm engine install`.",
     )
 
@@ -152,8 +155,7 @@ def load(library: Path) -> Any:
         *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_double),
         *text,
     ]
-    found.mesh_llm_slots_speculate.restype = ctypes.c_int
-    found.mesh_llm_slots_speculate.argtypes = [ctypes.c_int]
+    found.mesh_llm_guesses_install.restype = ctypes.c_int
     return found
 
 
@@ -171,10 +173,20 @@ class _Refused(msgspec.Struct):
 class EngineSlots:
     """The slots of a server in this process; a SlotAccess. Any thread may call, one at a time."""
 
-    def __init__(self, library: Path, server: Any) -> None:
-        """`server`: an xllamacpp.Server. Raises SlotError if its memory is not laid out as the library expects."""
-        self._library = load(library)
+    def __init__(self, library: Any, server: Any, guesses: EngineGuesses | None = None) -> None:
+        """Find the server's slots.
+
+        Args:
+            library: as of `load`.
+            server: an xllamacpp.Server.
+            guesses: decides how many tokens it guesses ahead; None where it guesses none, or is not asked.
+
+        Raises:
+            SlotError: its memory is not laid out as the library expects.
+        """
+        self._library = library
         self._server = server
+        self._guesses = guesses
         # A Server holds nothing but a C++ shared pointer behind Python's own header.
         header = object.__basicsize__
         if type(server).__basicsize__ != header + 2 * ctypes.sizeof(ctypes.c_void_p):
@@ -200,8 +212,16 @@ class EngineSlots:
 
     def speculate(self, *, on: bool) -> None:
         """Guess tokens ahead from now on, or not."""
-        if not self._library.mesh_llm_slots_speculate(int(on)):
+        self._deciding().on = on
+
+    def guesses(self) -> Guesses:
+        """What guesses gain."""
+        return self._deciding().known
+
+    def _deciding(self) -> EngineGuesses:
+        if self._guesses is None:
             raise SlotError("this build of the engine cannot be switched")
+        return self._guesses
 
     def _checked(self, code: int) -> bytes:
         if code < 0:

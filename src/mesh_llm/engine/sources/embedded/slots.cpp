@@ -3,21 +3,12 @@
 // Compiled against the headers of the very release that the wheel was built from; see slots.py. The server does what its
 // tasks SLOT_SAVE and SLOT_RESTORE do, on its own thread, and only while the slot is idle. Nothing is opened over HTTP.
 //
-// It also switches speculation on and off. The server has no option of a request for that. It calls
-// common_speculative_draft, which is exported, through the wheel's own table of functions (JUMP_SLOT): the entry is
-// replaced by a function that guesses nothing while speculation is off.
+// It also decides how many tokens are guessed ahead: see guesses.h.
 
 #include "common.h"
+#include "guesses.h"
 #include "server-context.h"
-#include "speculative.h"
 
-#include <dlfcn.h>
-#include <elf.h>
-#include <link.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -52,70 +43,13 @@ int ask(server_context * context, server_task && task, double seconds, char * ou
     return result->is_error() ? REFUSED : DONE;
 }
 
-std::atomic<bool> speculating{true};
-void (*draft)(common_speculative *) = nullptr;
-
-void draft_if_on(common_speculative * spec) {
-    if (speculating.load(std::memory_order_relaxed)) {
-        draft(spec);
-    }
-}
-
-// Puts `own` into the table of the library that has `function`; false if that library does not call it by its table.
-bool replace_in_table(void * function, void * own) {
-    Dl_info info{};
-    link_map * map = nullptr;
-    if (!dladdr1(function, &info, reinterpret_cast<void **>(&map), RTLD_DL_LINKMAP) || !map || !info.dli_sname) {
-        return false;
-    }
-    const ElfW(Rela) * entries = nullptr;
-    const ElfW(Sym) * symbols = nullptr;
-    const char * names = nullptr;
-    size_t bytes = 0;
-    const auto at = [&](ElfW(Addr) place) { return place < map->l_addr ? place + map->l_addr : place; };
-    for (const ElfW(Dyn) * part = map->l_ld; part->d_tag != DT_NULL; part++) {
-        switch (part->d_tag) {
-            case DT_JMPREL: entries = reinterpret_cast<const ElfW(Rela) *>(at(part->d_un.d_ptr)); break;
-            case DT_PLTRELSZ: bytes = part->d_un.d_val; break;
-            case DT_SYMTAB: symbols = reinterpret_cast<const ElfW(Sym) *>(at(part->d_un.d_ptr)); break;
-            case DT_STRTAB: names = reinterpret_cast<const char *>(at(part->d_un.d_ptr)); break;
-            default: break;
-        }
-    }
-    if (!entries || !symbols || !names) {
-        return false;
-    }
-    const size_t page = sysconf(_SC_PAGESIZE);
-    for (size_t i = 0; i < bytes / sizeof(ElfW(Rela)); i++) {
-        if (std::strcmp(names + symbols[ELF64_R_SYM(entries[i].r_info)].st_name, info.dli_sname) != 0) {
-            continue;
-        }
-        const auto place = map->l_addr + entries[i].r_offset;
-        // The linker may have made the table read only.
-        if (mprotect(reinterpret_cast<void *>(place / page * page), page, PROT_READ | PROT_WRITE) != 0) {
-            return false;
-        }
-        __atomic_store_n(reinterpret_cast<void **>(place), own, __ATOMIC_RELEASE);
-        return true;
-    }
-    return false;
-}
-
 }  // namespace
 
 extern "C" {
 
-// Guesses from now on, or not; 0 where this build of the server cannot be switched.
-int mesh_llm_slots_speculate(int on) {
-    if (!draft) {
-        draft = common_speculative_draft;
-        if (!replace_in_table(reinterpret_cast<void *>(draft), reinterpret_cast<void *>(draft_if_on))) {
-            draft = nullptr;
-            return 0;
-        }
-    }
-    speculating = on != 0;
-    return 1;
+// Before a server is made: asks `decide` from now on, before each pass. 0 where this build cannot be asked.
+int mesh_llm_guesses_install(Decide decide) {
+    return guesses::install(decide);
 }
 
 // The server's context; null if the object is not the server that listens at this address.

@@ -12,7 +12,7 @@ from mesh_llm.engine.installation import Part, digest, look, record_part
 from mesh_llm.engine.sources.embedded import backends, library_build, plugin, server_main, slot_library
 from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
-from mesh_llm.engine.spec import EngineSpec, PartState
+from mesh_llm.engine.spec import NGRAM, EngineSpec, PartState
 
 
 def nothing(*_: object) -> None:
@@ -119,17 +119,23 @@ def test_a_library_that_does_not_load_fails_its_self_test(tmp_path: Path) -> Non
     assert caught.value.code == "plugin_self_test_failed"
 
 
-@pytest.mark.parametrize("case", ["plain", "plugin", "prebuilt", "draft", "split"])
+@pytest.mark.parametrize(
+    "case", ["plain", "plugin", "prebuilt", "draft", "split", "auto", "split auto", "prebuilt auto"]
+)
 async def test_only_the_build_that_it_was_compiled_for_gets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     prebuilt, file = tmp_path / "prebuilt", tmp_path / "plugin.so"
     prebuilt.mkdir()
     file.touch()
-    loads = {"prebuilt": ("--load", str(prebuilt)), "plugin": ("--load", str(file))}
+    loads = {
+        "prebuilt": ("--load", str(prebuilt)),
+        "prebuilt auto": ("--load", str(prebuilt)),
+        "plugin": ("--load", str(file)),
+    }
 
     def load(_: Path) -> tuple[str, ...]:
-        return loads.get(case, ())
+        return loads.get(case.split()[0], ())
 
     monkeypatch.setattr(backends, "load_arguments", load)
     monkeypatch.setattr(slot_library, "find", here)
@@ -137,13 +143,16 @@ async def test_only_the_build_that_it_was_compiled_for_gets_it(
     spec = EngineSpec(model=tmp_path / "m.gguf", alias="m", context=512, slots=1, slot_socket=tmp_path / "1.slots")
     if case == "draft":
         spec = replace(spec, draft=tmp_path / "d.gguf")
-    if case == "split":
+    if "auto" in case:
+        spec = replace(spec, speculation=NGRAM, while_it_pays=True)
+    if "split" in case:
         monkeypatch.setattr(plugin, "find", built_plugin)
         spec = replace(spec, rpc=("127.0.0.1:5000",))
     command = await source.server(spec)
-    # An engine with a draft is only switched; its slots are not saved.
-    assert (command.slot_socket is not None) == (case in {"plain", "plugin", "draft"})
-    assert (command.saves_slots, command.speculates) == (case not in {"draft", "split"}, case == "draft")
+    # An engine with a draft, or over other machines, is only switched; its slots are not saved.
+    assert (command.slot_socket is not None) == (case in {"plain", "plugin", "draft", "auto", "split auto"})
+    assert command.saves_slots == (case != "draft" and "split" not in case)
+    assert command.speculates == (case in {"draft", "auto", "split auto"})
     assert (server_main.SLOTS in command.argv) == (command.slot_socket is not None)
 
 
