@@ -135,7 +135,7 @@ async def test_only_the_build_that_it_was_compiled_for_gets_it(
     }
 
     def load(_: Path) -> tuple[str, ...]:
-        return loads.get(case.split()[0], ())
+        return loads.get(case.split(maxsplit=1)[0], ())
 
     monkeypatch.setattr(backends, "load_arguments", load)
     monkeypatch.setattr(slot_library, "find", here)
