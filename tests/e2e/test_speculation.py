@@ -1,0 +1,75 @@
+"""Tokens guessed ahead, on one node and split over two: where that pays, and never where it would be seen."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e.test_split import split_invite, split_over
+from tests.netlab.fixtures import NetLabFactory
+from tests.support.fixtures import StartNode
+from tests.support.node import NodeProcess
+from tests.support.pool import named, until
+from tests.support.repeating_text import repeating_prompt
+
+pytestmark = pytest.mark.timeout(300)
+
+TOKENS = 120
+
+
+def body(kind: str, seed: int, **more: Any) -> dict[str, Any]:
+    prompt = repeating_prompt("small", kind, TOKENS, seed)
+    return {"model": "red", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, **more}
+
+
+async def written(node: NodeProcess, kind: str, seed: int) -> tuple[str, int, int]:
+    """An answer, how many of its tokens were guessed, and how many of these were right."""
+    answer = (await node.api.post("/v1/completions", body(kind, seed))).expect().json()
+    timings = answer["timings"]
+    return answer["choices"][0]["text"], timings.get("draft_n", 0), timings.get("draft_n_accepted", 0)
+
+
+def gains(status: dict[str, Any]) -> bool:
+    """It says that guesses pay."""
+    return any("ngram-map-k (auto), gains" in one["speculation"] for one in status["models"])
+
+
+async def test_guesses_begin_where_text_repeats_itself_and_not_where_they_would_be_seen(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=2)
+    model = named(random_model("small"), "red", tmp_path / "m")
+    sizes = ("--parallel", "1", "--ctx-size", "1024", "--no-draft")
+    first = await start_node("a", models=[model], arguments=(*sizes, "--split"), lab=lab, host=0)
+    novel, guessed, _ = await written(first, "novel", 1)
+    assert guessed == 0
+    (shown,) = (await first.status())["models"]
+    assert shown["speculation"] == "ngram-map-k (auto), nothing guessed yet"
+    repeated, guessed, right = await written(first, "repeated", 2)
+    assert guessed >= right > TOKENS // 2
+    await until(first, gains, "saying what guesses gain")
+    assert "speculation ngram-map-k (auto), gains" in (await first.cli("status"))[1]
+
+    # The same text, with the log probabilities of every token.
+    seen: list[dict[str, Any]] = []
+    asked = first.api.stream("POST", "/v1/completions", json=body("repeated", 2, logprobs=2, stream=True))
+    async with asked as answer:
+        async for event in answer.events():
+            if event.data != "[DONE]":
+                seen += json.loads(event.data)["choices"]
+    assert "".join(one["text"] for one in seen) == repeated
+    tokens = [token for one in seen for token in (one.get("logprobs") or {}).get("content", ())]
+    assert len(tokens) == TOKENS
+    assert all(len(token["top_logprobs"]) == 2 for token in tokens)
+
+    # Split: the same answers, of fewer trips.
+    token = await split_invite(first)
+    second = await start_node("b", join=[token], arguments=sizes, lab=lab, host=1, models_dir=model.parent)
+    await until(first, split_over(1), "split over one worker", 60.0)
+    assert await written(second, "novel", 1) == (novel, 0, 0)
+    text, guessed, right = await written(second, "repeated", 2)
+    assert text == repeated
+    assert guessed >= right > TOKENS // 2
+    host = {(await node.status())["node_id"]: node for node in (first, second)}[(await first.status())["split"]["host"]]
+    await until(host, gains, "saying what guesses gain in a split")
