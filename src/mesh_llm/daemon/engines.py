@@ -32,6 +32,8 @@ _END_WAIT = 2.0
 """The longest time between a broken connection to an engine and its exit."""
 _BATCH = 2048
 """Tokens of a prompt in one batch: llama.cpp's default."""
+_OWN_HEADS_MAX = 4
+"""Most tokens that a model's own heads guess: llama.cpp has them guess all, however few are wanted."""
 _REMOTE = "RPC"
 """How llama.cpp names the memory of workers (ggml-rpc.cpp)."""
 
@@ -323,7 +325,7 @@ class Engines:
             context=plan.context,
             slots=plan.slots,
             draft=draft,
-            draft_max=options.draft_max,
+            draft_max=min(options.draft_max, _OWN_HEADS_MAX) if alone else options.draft_max,
             devices=(CPU_DEVICE,) if offload is not None and not offload.gpu_layers else self._machine.devices,
             # llama.cpp counts the output layer as the last one.
             gpu_layers=None if offload is None else offload.gpu_layers + min(1, offload.gpu_layers),

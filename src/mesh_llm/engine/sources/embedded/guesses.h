@@ -40,6 +40,7 @@ using Clock = std::chrono::steady_clock;
 struct Answer {
     llama_pos at = -1;   // where its next token was to be at the last pass; -1: it was not in it
     int guessed = 0;     // for that pass
+    size_t length = 0;   // tokens so far, at the last pass
 };
 
 struct State {
@@ -122,6 +123,7 @@ inline void begin_and_note(common_speculative * spec, llama_seq_id seq, const ll
     state.begun = true;
     if (seq >= 0 && seq < (int) state.answers.size()) {
         state.answers[seq].at = -1;
+        state.answers[seq].length = prompt.size();
     }
     begin(spec, seq, prompt);
 }
@@ -145,6 +147,11 @@ inline void draft_as_decided(common_speculative * spec) {
             last.at = -1;
             continue;
         }
+        if (state.grams && answer.prompt->size() < last.length) {
+            // The context was shifted. A map of n-grams ends the process if it meets a shorter text unprepared.
+            begin(spec, seq, *answer.prompt);
+        }
+        last.length = answer.prompt->size();
         next++;
         alone = alone && last.at >= 0;
         tokens += answer.pos0 - last.at;
