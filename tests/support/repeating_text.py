@@ -18,6 +18,7 @@ edit changes a token of what the prompt holds. `misleading` has so many edits th
 """
 
 _BEGINNING = 24
+_RUN = 8
 
 
 def repeating_prompt(preset: str, kind: str, tokens: int, seed: int) -> list[int]:
@@ -27,10 +28,19 @@ def repeating_prompt(preset: str, kind: str, tokens: int, seed: int) -> list[int
     def noise(count: int) -> list[int]:
         return [rng.randrange(FIRST, LAST) for _ in range(count)]
 
-    beginning, every = noise(_BEGINNING), TEXTS[kind]
+    vocabulary, every = build_vocabulary(), TEXTS[kind]
+    beginning, written = list[int](), list[int]()
+    while not written or _repeats_itself(written):
+        beginning = noise(_BEGINNING)
+        written = foretell(PRESETS[preset], vocabulary, beginning, tokens)
     if every is None:
         return [*noise(_BEGINNING + tokens), *beginning]
-    written = foretell(PRESETS[preset], build_vocabulary(), beginning, tokens)
     for at in range(every // 2, tokens, every) if every else ():
         written[at] = rng.randrange(FIRST, LAST)
     return [*beginning, *written, *noise(_BEGINNING), *beginning]
+
+
+def _repeats_itself(text: list[int]) -> bool:
+    """Whether a few tokens in a row come twice, so that more might be guessed than the prompt says."""
+    runs = [tuple(text[at : at + _RUN]) for at in range(len(text) - _RUN + 1)]
+    return len(set(runs)) < len(runs)

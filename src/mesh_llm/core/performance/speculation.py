@@ -9,8 +9,9 @@ keeps an account, in passes without a guess:
 - A guess is only as wide as the account could bear if all of it were wrong; while it bears none, nothing is guessed.
 - A new answer begins with little, whatever the one before gained.
 
-So an answer takes at most START_CREDIT passes and REFILL of its time longer than without guesses, whatever its text is:
-under 3 % from 50 tokens on. Right guesses widen the next ones, wrong ones narrow them.
+So an answer takes at most START_CREDIT passes, REFILL of its time, and a single trial longer than without guesses,
+whatever its text is: about 3 % of 50 tokens, and less of longer ones. Right guesses widen the next ones, wrong ones
+narrow them.
 """
 
 import msgspec
@@ -27,6 +28,9 @@ START_CREDIT = 1.0
 MOST_CREDIT = 16.0
 """Most passes that an answer can have in its account: enough for a few wide guesses in a row."""
 
+_LEAST_CREDIT = -1.0
+"""Guesses are no wider than the account bears: it is overdrawn by more only where the machine was busy otherwise."""
+
 LEAST_WIDTH = 4
 """Tokens of a first guess, and of one after a wrong guess, where the account bears as many."""
 
@@ -36,6 +40,8 @@ _FRESH = 64
 """Passes with guesses in a row after which there is one without, so that what it takes is known."""
 _GUESS = 0.25
 """What a guessed token takes, in passes, before that is measured. Processors take so much, GPUs less."""
+_DOUBT = 0.998
+"""Part of what a guessed token takes that is still believed after one more pass without a guess."""
 _SMOOTHING = 0.1
 _OUTLIER = 2.0
 """A value counts as at most so many times the mean: something else may have stopped the machine."""
@@ -118,6 +124,9 @@ class GuessBudget:
             plain.add(one.seconds)
             self._in_a_row = 0
             self._pay_in(REFILL)
+            if self._waits and key in self._guess:
+                # What was measured may have been the machine's, or of other lengths of text: try again some day.
+                self._guess[key].value *= _DOUBT
             self._count(one.seconds, one.seconds, one.tokens)
             return
         self._in_a_row += 1
@@ -131,8 +140,11 @@ class GuessBudget:
         spent = one.seconds / plain.value
         # What a draft reads serves all guesses that follow: it takes what is there, and does not overdraw the account.
         reading = self._read(spent - 1.0)
+        guess = self._guess.setdefault(key, _Mean())
         checking = spent - reading
-        self._guess.setdefault(key, _Mean()).add(max(0.0, checking - 1.0) / one.guessed)
+        usual = guess.value if guess.count >= _LEARN else max(guess.value, _GUESS)
+        checking = min(checking, _OUTLIER * (1.0 + usual * one.guessed))
+        guess.add(max(0.0, checking - 1.0) / one.guessed)
         self._pay_in(worth / (1.0 + LEAST_GAIN) - checking)
         self._credit -= min(reading, max(0.0, self._credit))
         self._token_gain += _SMOOTHING * ((worth - checking) / one.tokens - self._token_gain)
@@ -174,7 +186,7 @@ class GuessBudget:
         )
 
     def _pay_in(self, passes: float) -> None:
-        self._credit = min(MOST_CREDIT, self._credit + passes)
+        self._credit = max(_LEAST_CREDIT, min(MOST_CREDIT, self._credit + passes))
 
     def _count(self, worth: float, spent: float, tokens: int) -> None:
         kept = _FORGET**tokens

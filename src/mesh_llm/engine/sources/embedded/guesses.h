@@ -119,13 +119,22 @@ inline common_speculative * init_and_look(common_params_speculative & params, ui
     return spec;
 }
 
+// Lets an answer begin. A map of n-grams takes each prompt for a longer form of the one before in the same slot, and does
+// not look at what changed below that one's length: it forgets all first.
+inline void begin_anew(common_speculative * spec, llama_seq_id seq, const llama_tokens & prompt) {
+    if (state.grams) {
+        begin(spec, seq, {});
+    }
+    begin(spec, seq, prompt);
+}
+
 inline void begin_and_note(common_speculative * spec, llama_seq_id seq, const llama_tokens & prompt) {
     state.begun = true;
     if (seq >= 0 && seq < (int) state.answers.size()) {
         state.answers[seq].at = -1;
         state.answers[seq].length = prompt.size();
     }
-    begin(spec, seq, prompt);
+    begin_anew(spec, seq, prompt);
 }
 
 inline bool process_if_needed(common_speculative * spec, const common_batch & batch) {
@@ -149,7 +158,7 @@ inline void draft_as_decided(common_speculative * spec) {
         }
         if (state.grams && answer.prompt->size() < last.length) {
             // The context was shifted. A map of n-grams ends the process if it meets a shorter text unprepared.
-            begin(spec, seq, *answer.prompt);
+            begin_anew(spec, seq, *answer.prompt);
         }
         last.length = answer.prompt->size();
         next++;
