@@ -317,7 +317,10 @@ async def test_how_tokens_are_guessed(chosen: str, found: str | None, draft: str
 async def test_heads_of_its_own_come_before_a_draft(
     chosen: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mesh_llm.daemon.engines.has_own_heads", lambda _: True)
+    def yes(_: Path) -> bool:
+        return True
+
+    monkeypatch.setattr("mesh_llm.daemon.engines.has_own_heads", yes)
     world = World()
     options = LaunchOptions(use_draft=chosen != "off", engine=EngineOptions(speculation=chosen))
     planned = msgspec.structs.replace(plan("tiny"), draft="tiny-draft")
