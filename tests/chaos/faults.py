@@ -1,5 +1,6 @@
 """What can go wrong: each fault strikes one node, lasts for a while, and is undone; then the mesh must be whole."""
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import psutil
 from tests.chaos.mesh import HOSTS, NODES, SHARED, ChaosMesh
+
+from mesh_llm.runtime.supervision import TaskScope
 
 _ENGINE = "mesh_llm.engine.sources.embedded.server_main"
 _RPC = "mesh_llm.engine.sources.embedded.rpc_main"
@@ -107,6 +110,45 @@ async def tcp_block(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
         yield
     finally:
         mesh.lab.links_of(number).allow_tcp()
+
+
+def tcp_block_one_way(*, incoming: bool) -> Callable[[ChaosMesh, int], AbstractAsyncContextManager[None]]:
+    """A firewall drops TCP to the node, or from it; the other direction and QUIC pass."""
+
+    @asynccontextmanager
+    async def strike(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+        others = [other for other in mesh.lab.hosts if other != number]
+        links = [mesh.lab.one_way(*((other, number) if incoming else (number, other))) for other in others]
+        for link in links:
+            link.block_tcp()
+        try:
+            yield
+        finally:
+            for link in links:
+                link.allow_tcp()
+
+    return strike
+
+
+@asynccontextmanager
+async def tcp_flap(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """TCP to and from the node is dropped for a second and passes for a second, again and again; QUIC passes."""
+    links = mesh.lab.links_of(number)
+
+    async def flap() -> None:
+        while True:
+            links.block_tcp()
+            await asyncio.sleep(1.0)
+            links.allow_tcp()
+            await asyncio.sleep(1.0)
+
+    async with TaskScope("flap") as scope:
+        flapping = scope.spawn(flap(), "flap")
+        try:
+            yield
+        finally:
+            flapping.cancel()
+            links.allow_tcp()
 
 
 @asynccontextmanager
@@ -283,6 +325,9 @@ FAULTS = (
     Fault("freeze (SIGSTOP of everything)", freeze, closes_door=True),
     Fault("network cut", network_cut, blinds=True),
     Fault("TCP blocked, QUIC passes", tcp_block),
+    Fault("TCP to the node blocked, QUIC passes", tcp_block_one_way(incoming=True)),
+    Fault("TCP from the node blocked, QUIC passes", tcp_block_one_way(incoming=False)),
+    Fault("TCP blocked and free in turn, QUIC passes", tcp_flap),
     Fault("30 % packet loss", packet_loss),
     Fault("wall clock a day ahead, and back", clock_forward),
     Fault("the owner takes the machine (--yield)", owners_hours),

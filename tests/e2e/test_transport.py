@@ -4,6 +4,7 @@ And between nodes that reach each other over one of two networks, or over both.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from mesh_llm.runtime.supervision import TaskScope
 pytestmark = pytest.mark.timeout(300)
 
 Status = dict[str, Any]
+
+MOST_WAITED = 1.0
+"""Seconds beside a request's usual time: 0.36 where nothing else is to be done, and the tests' machine is busy."""
 
 
 def carried(transport: str, reason: str = "") -> Callable[[Status], bool]:
@@ -74,6 +78,29 @@ async def test_requests_move_to_tcp_and_back_when_it_is_blocked(
     lab.all_links().allow_tcp()
     await ask_until(blue, carried("tcp"), "over TCP again")
     # The host was alive all the time: no second copy of its model was loaded.
+    await until(blue, warm("red"), "served by one node")
+
+
+async def test_a_request_hardly_waits_when_tcp_has_gone_silent(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab, _, blue = await two(netlab, start_node, random_model, tmp_path)
+
+    async def ask() -> float:
+        began = time.monotonic()
+        assert content(await chat(blue, "red"))
+        return time.monotonic() - began
+
+    # To the host, from it, and both.
+    for silent in (lab.one_way(1, 0), lab.one_way(0, 1), lab.all_links()):
+        await ask_until(blue, carried("tcp"), "over TCP")
+        usual = max([await ask() for _ in range(5)])
+        silent.block_tcp()
+        waited = await ask()
+        assert waited < usual + MOST_WAITED, f"{waited:.2f} s, otherwise {usual:.2f}"
+        await until(blue, carried("quic", "TCP stopped answering"), "over QUIC")
+        silent.allow_tcp()
+    # The host was alive all the time.
     await until(blue, warm("red"), "served by one node")
 
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import socket
 import ssl
+import time
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -13,7 +14,7 @@ from tests.integration.net_pair import Pair, echo, pair, read_all
 
 from mesh_llm.core.types.events import PeerLost
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.ports import ByteStream, RequestStream
+from mesh_llm.core.types.ports import ByteStream, RequestStream, TransportSilentError
 from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.streams import PeerStream
@@ -251,6 +252,130 @@ async def test_what_the_system_gives_up_counts_as_silence_and_takes_the_idle_con
             await stream.read(100)
         state = nodes.asker.net.transport_of(nodes.server.net.node_id)
         assert state == (Transport.QUIC, "TCP stopped answering")
+
+
+async def deaf(nodes: Pair) -> None:
+    """One TLS connection between them that is idle, and the server reads nothing from it."""
+    stream = await nodes.http()
+    await stream.write(b"first")
+    await stream.finish()
+    assert await read_all(stream) == b"FIRST"
+    for connections in nodes.server.net.tls_listener._connections.values():
+        for connection in connections:
+            connection.transport.pause_reading()
+
+
+async def test_a_stream_that_tcp_does_not_bring_over_fails_as_soon_as_quic_answers():
+    async with pair(tls=True) as nodes, asyncio.timeout(TIMEOUT):
+        nodes.server.net.serve_http(echo)
+        await deaf(nodes)
+        idle = await nodes.http()
+        stream = await nodes.asker.net.open_http(nodes.target)
+        assert isinstance(idle, TlsStream)
+        assert isinstance(stream, IrohStream)
+        stream.abort()
+        began = time.monotonic()
+        await idle.write(b"question")
+        with pytest.raises(TransportSilentError):
+            await idle.read(100)
+        # Long before the 2.5 s in which a peer must accept a stream.
+        assert time.monotonic() - began < 1.0
+        assert nodes.asker.net.transport_of(nodes.server.net.node_id) == (Transport.QUIC, "TCP stopped answering")
+        # The server has dropped what it may have had of it, before it is asked again.
+        assert len(nodes.server.net.tls_listener) == 0
+        again = await nodes.asker.net.open_http(nodes.target)
+        assert isinstance(again, IrohStream)
+        await again.write(b"again")
+        assert await again.read(100) == b"AGAIN"
+
+
+async def test_a_request_that_its_node_has_and_does_not_confirm_ends_there_before_it_fails_here(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The direction from the server is cut: it works on a request of which the asker hears nothing."""
+    ended = asyncio.Event()
+
+    async def work(stream: RequestStream, _: NodeId) -> None:
+        assert await stream.read(100) == b"question"
+        try:
+            await stream.read(100)
+        finally:
+            ended.set()
+
+    async with pair(tls=True) as nodes, asyncio.timeout(TIMEOUT):
+        nodes.server.net.serve_http(echo)
+        await deaf(nodes)
+        nodes.server.net.serve_http(work)
+        (connections,) = nodes.server.net.tls_listener._connections.values()
+        (connection,) = connections
+        monkeypatch.setattr(connection, "owe", lambda *_: None)
+        connection.transport.resume_reading()
+        stream = await nodes.http()
+        await stream.write(b"question")
+        with pytest.raises(TransportSilentError):
+            await stream.read(100)
+        assert ended.is_set()
+
+
+async def test_a_node_that_answers_on_neither_is_waited_for_as_on_quic(monkeypatch: pytest.MonkeyPatch):
+    asked = asyncio.Event()
+
+    async def unanswered(*_: object) -> None:
+        asked.set()
+        raise ConnectionError("the peer does not answer")
+
+    async with pair(tls=True, accept_timeout=0.8) as nodes, asyncio.timeout(TIMEOUT):
+        nodes.server.net.serve_http(echo)
+        await deaf(nodes)
+        monkeypatch.setattr(TlsDialer, "_withdraw_silent", unanswered)
+        stream = await nodes.http()
+        await stream.write(b"question")
+        with pytest.raises(ConnectionError, match="the peer does not answer") as caught:
+            await stream.read(100)
+        assert asked.is_set()
+        assert not isinstance(caught.value, TransportSilentError)
+
+
+async def test_after_a_failure_tcp_is_tried_again_when_the_peer_is_reached_elsewhere_or_this_network_changes(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    now = 0.0
+    dials: list[tuple[str, ...]] = []
+
+    async def refused(_: object, hosts: tuple[str, ...], __: object) -> None:
+        dials.append(hosts)
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(TlsDialer, "_connect", refused)
+    async with pair(tls=True) as nodes, asyncio.timeout(TIMEOUT):
+        nodes.server.net.serve_http(echo)
+        dialer = nodes.asker.net.tls_dialer
+        dialer._clock = lambda: now
+        connection = nodes.asker.net.connections.find(nodes.server.net.node_id)
+        assert connection is not None
+
+        async def ask() -> int:
+            (await nodes.open(StreamType.HTTP)).abort()
+            return len(dials)
+
+        for times in range(1, 8):
+            assert await ask() == times
+            assert await ask() == times
+            # The longest pause is a minute.
+            now += 61.0
+        assert await ask() == 8
+        dialer.reconsider(connection)
+        assert await ask() == 8
+        monkeypatch.setattr(PeerConnection, "direct_hosts", ("127.0.0.2",))
+        dialer.reconsider(connection)
+        assert await ask() == 9
+        assert dials[-1] == ("127.0.0.2",)
+        assert await ask() == 9
+        dialer.network_changed()
+        assert await ask() == 10
+        # The pauses begin anew.
+        now += 11.0
+        assert await ask() == 11
 
 
 # Who is let in

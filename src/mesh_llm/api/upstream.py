@@ -27,6 +27,7 @@ from mesh_llm.core.types.ports import (
     PromptElsewhere,
     PromptEnded,
     Routes,
+    TransportSilentError,
 )
 from mesh_llm.wire.http.http1 import (
     Headers,
@@ -379,11 +380,12 @@ class Upstream:
         if target.local:
             return await self._send_local(target, request, model)
         try:
-            async with asyncio.timeout(self._config.connect_seconds):
-                stream = await self.open_stream(target)
-        except (OSError, MeshError) as error:
-            raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
-        return await self._exchange(self._watchdog.watch(stream, target, model), PEER_HOST, request, None)
+            return await self._send_remote(target, request, model)
+        except TargetLostError as error:
+            if not isinstance(error.__cause__, TransportSilentError):
+                raise
+        # The node answers on another transport, and has dropped the request that it did not hear of there.
+        return await self._send_remote(target, request, model)
 
     def body_for(self, model: ModelName, path: str, body: bytes) -> bytes:
         """A request's body as an engine here gets it."""
@@ -393,6 +395,14 @@ class Upstream:
     def close(self) -> None:
         """Drop all idle connections."""
         self._pool.close()
+
+    async def _send_remote(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
+        try:
+            async with asyncio.timeout(self._config.connect_seconds):
+                stream = await self.open_stream(target)
+        except (OSError, MeshError) as error:
+            raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
+        return await self._exchange(self._watchdog.watch(stream, target, model), PEER_HOST, request, None)
 
     async def _send_local(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
         """An idle connection that turns out to be closed is replaced by another."""

@@ -19,6 +19,7 @@ from mesh_llm.net.gossip_transport import AnnouncementGuard
 from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.net.quic.reach import Reach, probe_addresses
+from mesh_llm.net.tls.dialer import TlsDialer
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.codec import KEY_BYTES, encode
 from mesh_llm.wire.mesh.admission import MAX_INVITES, Reason, Refusal, Scope, Subject, refusal_error
@@ -372,10 +373,12 @@ class Maintenance:
         joiner: Joiner,
         guard: AnnouncementGuard,
         events: EventAdapter,
+        tls_dialer: TlsDialer,
         *,
         passive: bool,
     ) -> None:
         self._connections = connections
+        self._tls_dialer = tls_dialer
         self._joiner = joiner
         self._guard = guard
         self._events = events
@@ -416,11 +419,13 @@ class Maintenance:
             sample = connection.sample()
             if sample is None or self._events.path_sampled(connection, sample):
                 connection.steady_since = now
+            self._tls_dialer.reconsider(connection)
             steady = now - connection.steady_since > _STEADY * self._limits.sample_period
             connection.sample_at = now + _SELDOM * self._limits.sample_period if steady else 0.0
         reachable = self._connections.endpoint.reachable()
         if reachable != self._reachable:
             self._reachable = reachable
+            self._tls_dialer.network_changed()
             self._events.addresses_changed(reachable)
 
     def _pause(self) -> float:

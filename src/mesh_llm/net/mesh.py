@@ -150,7 +150,9 @@ class MeshNet:
             self.connections.addresses, key.node_id, self.endpoint.reachable, self._events.clients
         )
         self.grants = Grants(self.connections, self.invite_book, self.revocations, self._events, self._revoke)
-        self._maintenance = Maintenance(self.connections, self.joiner, self.guard, self._events, passive=config.client)
+        self._maintenance = Maintenance(
+            self.connections, self.joiner, self.guard, self._events, self.tls_dialer, passive=config.client
+        )
         self.joins = self.credentials.mesh_key is None or any(invite.issuer != key.node_id for invite in invites)
         """Whether there are others to look for: tokens of others, or a mesh that another node founded."""
         for kind, handler, scope, per_peer in (

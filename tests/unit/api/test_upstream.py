@@ -13,6 +13,7 @@ from mesh_llm.api.upstream import StreamWatchdog, WatchedStream, first_byte_seco
 from mesh_llm.core.routing.ranking import ModelRoute, Target
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.core.types.ports import ByteStream, TransportSilentError
 from mesh_llm.runtime.supervision import TaskScope
 
 
@@ -47,14 +48,38 @@ async def test_idle_connections_are_closed_with_the_server():
             await engine.until(lambda: engine.open == 0)
 
 
+async def test_a_request_of_which_a_node_heard_nothing_takes_its_other_transport_at_once():
+    opened: list[ByteStream] = []
+    silent = Stream(TransportSilentError("TCP stopped answering"))
+
+    async with fake_upstream() as node, running_api([route("tiny", remote(THERE))]) as api:
+        api.mesh.nodes[THERE] = node.address
+
+        async def open_stream(target: Target) -> ByteStream:
+            opened.append(await api.mesh.open_stream(target) if opened else silent)
+            return opened[-1]
+
+        api.server.use_mesh(open_stream)
+        assert (await api.post()).status_code == 200
+        assert (len(opened), len(node.calls), silent.cut) == (2, 1, True)
+        # The node is not to blame: it may get the next request.
+        assert not api.traffic.dead
+        opened.clear()
+        silent.failure = ConnectionResetError("the connection was lost")
+        assert (await api.post()).status_code == 503
+        assert (len(opened), len(api.traffic.dead)) == (1, 1)
+
+
 TINY = ModelName("tiny")
 
 
 class Stream:
-    def __init__(self) -> None:
-        self.cut = False
+    def __init__(self, failure: ConnectionError | None = None) -> None:
+        self.cut, self.failure = False, failure
 
     async def read(self, limit: int) -> bytes:
+        if self.failure is not None:
+            raise self.failure
         return b""
 
     async def write(self, data: bytes) -> None: ...

@@ -27,6 +27,13 @@ class RandomSource(Protocol):
         ...
 
 
+class TransportSilentError(ConnectionError):
+    """The peer never accepted the stream on this transport, and answers on another one.
+
+    It has dropped what it knew of the stream, so that the stream can be begun again at once.
+    """
+
+
 class ByteStream(Protocol):
     """A reliable bidirectional byte stream: TCP, or one QUIC stream. Safe for one reader and one writer at once."""
 

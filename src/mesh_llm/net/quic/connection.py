@@ -303,9 +303,14 @@ class PeerConnection:
     @property
     def acceptance_seconds(self) -> float:
         """How long the peer has to accept a stream."""
+        return self._limits.accept_timeout + _ROUND_TRIPS_TO_ACCEPT * self.round_trip
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds, in steps of a millisecond; as it was when the connection was used at most a second ago."""
         if self.last_used - self._rtt_read >= _RTT_SECONDS:
             self._rtt, self._rtt_read = (self.raw.rtt() or 0) / 1000, self.last_used
-        return self._limits.accept_timeout + _ROUND_TRIPS_TO_ACCEPT * self._rtt
+        return self._rtt
 
     def require(self, stream: PeerStream, scope: Scope) -> None:
         """End this outgoing stream when the peer's scope becomes less than this."""

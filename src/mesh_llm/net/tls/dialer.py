@@ -8,6 +8,7 @@ import socket
 import ssl
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,7 +19,7 @@ import structlog
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.quic.connection import PeerConnection
-from mesh_llm.net.streams import StreamResetError
+from mesh_llm.net.streams import PeerStream, StreamResetError
 from mesh_llm.net.tls.streams import TlsConnection, TlsStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.codec import Malformed, encode
@@ -26,9 +27,11 @@ from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import ACKNOWLEDGED, ResetCode, StreamType, encode_header
 from mesh_llm.wire.mesh.transport import (
     ADMITTED,
+    MAX_SILENT,
     MAX_TRANSPORT_FRAME,
     TransportOffer,
     TransportRequest,
+    connection_name,
     decode_offer,
 )
 
@@ -37,11 +40,16 @@ MAX_DIALS_TO_PEER = 8
 """TLS handshakes with one peer at once: each takes some 2 ms of both nodes' event loops."""
 DIALS_AHEAD = 4
 """Of these, those for streams to come: requests that are answered meanwhile must not wait long."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
-"""Seconds before TCP is tried again after it failed; doubled by each failure in a row."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 60.0
+"""Seconds before TCP is tried again after it failed; doubled by each failure in a row. A try delays no request."""
 _UNKNOWN_PAUSE = 600.0
 _HEAD_START = 0.5
 """Seconds that one host of a peer has to answer before the next is tried too: more than most handshakes take."""
+_DOUBT_SECONDS, _DOUBT_ROUND_TRIPS = 0.25, 4
+"""When the peer is asked over QUIC whether it answers at all: it accepts a stream within 50 ms, and TCP sends a lost
+packet again after 200 ms and two round trips."""
+_GRACE_SECONDS = 0.1
+"""How much later than the answer over QUIC that over TLS may come: it was asked for before."""
 _SLOWER_PAUSE = 15.0
 """One measurement may have been taken in a bad moment."""
 _TCP_INFO_BYTES, _TCPI_MIN_RTT = 152, 148
@@ -79,6 +87,9 @@ class _Link:
         failed_at: when it failed last.
         again_at: when to try again.
         pause: seconds from the one to the other; 0.0 if the last dial succeeded.
+        hosts: where the peer was reached over QUIC when it failed.
+        doubted: streams that the peer should have accepted by now.
+        checking: it is being found out whether the peer answers on QUIC.
         sweep: closes idle connections when they are old.
     """
 
@@ -90,6 +101,9 @@ class _Link:
     failed_at: float = 0.0
     again_at: float = 0.0
     pause: float = 0.0
+    hosts: tuple[str, ...] = ()
+    doubted: list[weakref.ref[TlsStream]] = field(default_factory=list[weakref.ref[TlsStream]])
+    checking: bool = False
     sweep: asyncio.TimerHandle | None = None
 
 
@@ -153,9 +167,22 @@ class TlsDialer:
         stream = TlsStream(carrier, self._scope, unsent=encode_header(kind, parameters), on_end=connection.end)
         carrier.begin(stream)
         if kind in ACKNOWLEDGED:
-            stream.expect_acceptance(connection.acceptance_seconds)
+            doubt_after = _DOUBT_SECONDS + _DOUBT_ROUND_TRIPS * connection.round_trip
+            stream.expect_acceptance(connection.acceptance_seconds, doubt_after)
         connection.require(stream, scope)
         return stream
+
+    def reconsider(self, connection: PeerConnection) -> None:
+        """If TCP failed, and QUIC reaches the peer at other addresses than then: let the next stream try TCP."""
+        link = self._links.get(connection.peer.node)
+        if link is not None and link.pause and (hosts := connection.direct_hosts) != link.hosts:
+            link.hosts, link.pause, link.again_at = hosts, _FIRST_PAUSE, 0.0
+
+    def network_changed(self) -> None:
+        """This node's own addresses have changed: let the next stream to each peer try TCP."""
+        for link in self._links.values():
+            if link.pause:
+                link.pause, link.again_at = _FIRST_PAUSE, 0.0
 
     def cut(self, node: NodeId) -> None:
         """End the connections to a peer, and forget what is known of it."""
@@ -188,7 +215,7 @@ class TlsDialer:
         at_once = 1 if link.pause else MAX_DIALS_TO_PEER
         if len(link.open) + link.dialing >= MAX_CONNECTIONS_TO_PEER or link.dialing >= at_once:
             return False
-        return bool(connection.direct_hosts) and self._clock() >= link.again_at
+        return self._clock() >= link.again_at and bool(connection.direct_hosts)
 
     def _may_dial_ahead(self, connection: PeerConnection, link: _Link) -> bool:
         return (
@@ -241,17 +268,14 @@ class TlsDialer:
         link.open.add(carrier)
         carrier.on_end = lambda ended: self._ended(connection, link, ended)
         carrier.on_idle = lambda free: self._idle(link, free)
+        carrier.on_doubt = lambda stream: self._doubt(connection, link, stream)
         return carrier
 
     async def _ask(self, connection: PeerConnection) -> TransportOffer:
         """Get an offer with one ticket over QUIC. Raises ConnectionError."""
         stream = await connection.open(StreamType.TRANSPORT)
         try:
-            await stream.write_frame(encode(TransportRequest(1)))
-            payload = await stream.read_frame(MAX_TRANSPORT_FRAME)
-            offer = Malformed("no offer") if payload is None else decode_offer(payload)
-            if isinstance(offer, Malformed):
-                raise stream.break_off(offer.reason)
+            offer = await _offer(stream, TransportRequest(1))
             await stream.finish()
         finally:
             stream.abort()
@@ -273,6 +297,7 @@ class TlsDialer:
         loop, carrier = asyncio.get_running_loop(), greeting.carrier
         try:
             sent = loop.time()
+            carrier.name = connection_name(offer.tickets[0])
             carrier.write(offer.tickets[0])
             if await greeting.answered != ADMITTED:
                 raise ConnectionError("the ticket was not taken")
@@ -342,7 +367,7 @@ class TlsDialer:
         if link.pause and began <= link.failed_at:
             # It was under way when another one failed: that is one failure.
             return
-        link.failed_at = self._clock()
+        link.failed_at, link.hosts = self._clock(), connection.direct_hosts
         link.pause = min(_LONGEST_PAUSE, max(_FIRST_PAUSE, 2 * link.pause))
         link.again_at = link.failed_at + max(pause, link.pause)
         _log.info("streams stay on QUIC", peer=connection.peer.node[:10], reason=reason)
@@ -368,11 +393,74 @@ class TlsDialer:
     def _ended(self, connection: PeerConnection, link: _Link, carrier: TlsConnection) -> None:
         link.open.discard(carrier)
         link.idle.pop(carrier, None)
-        if carrier.silent and self._clock() >= link.again_at:
+        if not carrier.silent:
+            return
+        if self._clock() >= link.again_at:
             self._failed(connection, link, "TCP stopped answering", self._clock())
-            # The others would make each request wait in turn.
-            for other in list(link.idle):
-                other.close()
+        # The others would make each request wait in turn.
+        for other in list(link.idle):
+            other.close()
+
+    # Silence on TLS alone
+
+    def _doubt(self, connection: PeerConnection, link: _Link, stream: TlsStream) -> None:
+        """The peer should have accepted this stream by now: it is busy or gone, or only its TCP is silent."""
+        link.doubted.append(weakref.ref(stream))
+        if not link.checking and not self._scope.closed:
+            link.checking = True
+            self._scope.spawn(self._check(connection, link), "tls-doubt")
+
+    async def _check(self, connection: PeerConnection, link: _Link) -> None:
+        """While there are streams in doubt: those that QUIC overtakes are withdrawn, and begun again by their users.
+
+        A busy peer answers late on both, in the order in which it was asked. A dead one answers on neither: then the
+        streams wait for their acceptance, as on QUIC.
+        """
+        try:
+            while doubted := link.doubted[:MAX_SILENT]:
+                del link.doubted[: len(doubted)]
+                if not _unaccepted(doubted):
+                    continue
+                try:
+                    await self._withdraw_silent(connection, doubted)
+                except ConnectionError as error:
+                    _log.debug("no answer on QUIC either", peer=connection.peer.node[:10], reason=error_text(error))
+        finally:
+            link.checking = False
+
+    async def _withdraw_silent(self, connection: PeerConnection, doubted: list[weakref.ref[TlsStream]]) -> None:
+        """Have the peer drop what it has not accepted of these a moment after it has answered. Raises ConnectionError.
+
+        It drops them before they are begun again, so that it does not do the work of a request twice.
+        """
+        question = await connection.open(StreamType.TRANSPORT)
+        try:
+            await _offer(question, TransportRequest(0))
+            await asyncio.sleep(_GRACE_SECONDS + connection.round_trip)
+            names = tuple(stream.withdraw() for stream in _unaccepted(doubted))
+            if not names:
+                return
+            await _offer(question, TransportRequest(0, names))
+            for stream in _unaccepted(doubted):
+                stream.abandon()
+            await question.finish()
+        finally:
+            question.abort()
+
+
+async def _offer(stream: PeerStream, request: TransportRequest) -> TransportOffer:
+    """The answer to one frame on a TRANSPORT stream. Raises ConnectionError."""
+    await stream.write_frame(encode(request))
+    payload = await stream.read_frame(MAX_TRANSPORT_FRAME)
+    offer = Malformed("no offer") if payload is None else decode_offer(payload)
+    if isinstance(offer, Malformed):
+        raise stream.break_off(offer.reason)
+    return offer
+
+
+def _unaccepted(streams: list[weakref.ref[TlsStream]]) -> list[TlsStream]:
+    """Those of them that their users still hold, and that the peer has not accepted."""
+    return [stream for one in streams if (stream := one()) is not None and stream.unaccepted]
 
 
 def _reason(error: OSError) -> str:

@@ -29,6 +29,7 @@ from mesh_llm.wire.mesh.transport import (
     TICKET_BYTES,
     TICKET_SECONDS,
     TransportOffer,
+    connection_name,
     decode_request,
 )
 
@@ -50,6 +51,7 @@ class TicketBook:
     def __init__(self, draw: Callable[[int], bytes] = os.urandom) -> None:
         self._draw = draw
         self._out: dict[bytes, tuple[NodeId, float]] = {}
+        """By digest: the time that a look-up takes says nothing about the ticket."""
         self._count: Counter[NodeId] = Counter()
 
     def __len__(self) -> int:
@@ -61,14 +63,14 @@ class TicketBook:
         left = min(count, MAX_TICKETS_PER_PEER - self._count[node], MAX_TICKETS_IN_ALL - len(self._out))
         tickets = tuple(self._draw(TICKET_BYTES) for _ in range(left))
         for ticket in tickets:
-            self._out[_digest(ticket)] = (node, now + TICKET_SECONDS)
+            self._out[connection_name(ticket)] = (node, now + TICKET_SECONDS)
             self._count[node] += 1
         return tickets
 
     def redeem(self, ticket: bytes, now: float) -> NodeId | None:
         """The peer that a ticket was made for; None if it is unknown, used, or too old."""
         self._expire(now)
-        entry = self._out.pop(_digest(ticket), None)
+        entry = self._out.pop(connection_name(ticket), None)
         if entry is None:
             return None
         self._drop(entry[0])
@@ -91,11 +93,6 @@ class TicketBook:
         self._count[node] -= 1
         if self._count[node] <= 0:
             del self._count[node]
-
-
-def _digest(ticket: bytes) -> bytes:
-    """What a ticket is found by: the time that a look-up takes says nothing about the ticket."""
-    return hashlib.sha256(ticket).digest()
 
 
 class Identity(NamedTuple):
@@ -205,10 +202,18 @@ class TlsListener:
             request = decode_request(payload)
             if isinstance(request, Malformed):
                 raise stream.break_off(request.reason)
+            if request.silent:
+                self._close_silent(peer.node, request.silent)
             digest = self._identity.digest if self._identity is not None else bytes(32)
             tickets = self._tickets.issue(peer.node, request.tickets, time.monotonic()) if any(self._ports) else ()
             await stream.write_frame(encode(TransportOffer(self._ports, digest, tickets, self.reason)))
         await stream.finish()
+
+    def _close_silent(self, node: NodeId, names: tuple[bytes, ...]) -> None:
+        """Close connections on which the peer hears nothing: their requests come again over QUIC."""
+        for connection in list(self._connections.get(node, ())):
+            if connection.name in names:
+                connection.give_up()
 
     def cut(self, node: NodeId) -> None:
         """End the connections of a peer, and its tickets."""
@@ -282,6 +287,7 @@ class TlsListener:
             self.refused["too many of one peer"] += 1
             return False
         connections.add(connection)
+        connection.name = connection_name(ticket)
         connection.on_end = lambda ended: self._ended(node, ended)
         connection.on_stream = lambda carrier: self._begin(node, carrier)
         connection.write(ADMITTED)

@@ -2,11 +2,14 @@
 
 import asyncio
 import socket
+import struct
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import cast
 
+from mesh_llm.core.types.ports import TransportSilentError
 from mesh_llm.net.streams import MAX_READ, MAX_WRITE, PeerStream, StreamResetError
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.codec import Malformed
@@ -27,9 +30,13 @@ _ACCEPT_SECONDS = 0.05
 """How long an acknowledgement waits for the answer, to go along with it: one write in place of two. The asker waits for
 seconds."""
 _ACCEPTED_PIECE = piece_head(len(ACCEPTED)) + ACCEPTED
+_RESET_AT_CLOSE = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+"""`struct linger` for SO_LINGER: what has not been sent is not sent any more."""
 _END_SECONDS = 5.0
 """How long the peer has to end its direction of a stream that was aborted here. Then the connection is closed."""
 
+
+_SILENT = "TCP stopped answering, and QUIC did not"
 
 _RECEIVED = memoryview(bytearray(MAX_READ))
 """Where TLS decrypts to. All connections share it: nothing else runs between `get_buffer` and `buffer_updated`."""
@@ -49,9 +56,13 @@ class TlsConnection(asyncio.BufferedProtocol):
         """Called when a stream has ended in both directions, so that the next may begin."""
         self.on_stream: Callable[[TlsConnection], TlsStream | None] = _no_stream
         """Makes the stream that the other side begins; None: it may not begin any, and the connection is closed."""
+        self.on_doubt: Callable[[TlsStream], None] = _ignore_stream
+        """Called when the peer should have accepted a stream by now, and has not."""
+        self.name = b""
+        """`connection_name` of its ticket, once it was admitted."""
         self.ended = False
         self.silent = False
-        """It was closed because the peer did not answer on it in time."""
+        """The peer did not answer on it in time: it is closed, or about to be."""
         self._greeting = greeting
         self._greeted = b""
         self._on_greeting = on_greeting
@@ -145,8 +156,10 @@ class TlsConnection(asyncio.BufferedProtocol):
             self._patience = self._loop.call_later(_END_SECONDS, self.give_up)
 
     def give_up(self) -> None:
-        """Drop the connection: the peer does not answer on it."""
+        """Drop the connection: the peer does not answer on it. What is on its way must not arrive later."""
         self.silent = True
+        if self._transport is not None and not self.ended:
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
         self.close()
 
     def close(self) -> None:
@@ -219,7 +232,7 @@ class TlsConnection(asyncio.BufferedProtocol):
         """The connection has ended."""
         if not self.ended:
             # The system's word for what `watch_peer` asks of it.
-            self.silent = isinstance(exc, TimeoutError)
+            self.silent = self.silent or isinstance(exc, TimeoutError)
             self._finish("the connection was lost" if exc is None else f"the connection was lost: {exc}")
 
     def _finish(self, reason: str) -> None:
@@ -254,6 +267,10 @@ def _ignore(_: TlsConnection) -> None:
     return
 
 
+def _ignore_stream(_: "TlsStream") -> None:
+    return
+
+
 def _no_stream(_: TlsConnection) -> None:
     return
 
@@ -277,6 +294,8 @@ class TlsStream(PeerStream):
         self._arrived: asyncio.Future[None] | None = None
         self._wanted = 1
         self._acceptance: asyncio.TimerHandle | None = None
+        self._doubt_after = 0.0
+        self._withdrawn = False
         self._gone: Callable[[], None] | None = None
 
     def __del__(self) -> None:
@@ -318,8 +337,28 @@ class TlsStream(PeerStream):
         """The connection has ended under the stream."""
         self._connection = None
         if not self._peer_ended:
-            self._fail(ConnectionResetError(reason))
+            self._fail(TransportSilentError(_SILENT) if self._withdrawn else ConnectionResetError(reason))
         self._wake()
+
+    # Silence of this transport alone
+
+    @property
+    def unaccepted(self) -> bool:
+        """Whether the peer has been asked to accept it, and has not."""
+        return self._acceptance is not None
+
+    def withdraw(self) -> bytes:
+        """The peer answers elsewhere, and will be told to drop this stream: returns its connection's name."""
+        self._withdrawn = True
+        if self._connection is None:
+            return b""
+        self._connection.silent = True
+        return self._connection.name
+
+    def abandon(self) -> None:
+        """The peer has dropped the stream: it may be begun again on another transport."""
+        if self._failure is None:
+            self._drop(ResetCode.TIMEOUT, TransportSilentError(_SILENT))
 
     # What PeerStream asks
 
@@ -379,12 +418,23 @@ class TlsStream(PeerStream):
         if self._connection is not None:
             self._connection.owe(_ACCEPTED_PIECE, _ACCEPT_SECONDS)
 
-    def expect_acceptance(self, timeout: float) -> None:
-        """See PeerStream. No task waits for it: the first bytes that arrive must be it."""
-        self._accept_timeout = timeout
+    def expect_acceptance(self, timeout: float, doubt_after: float = 0.0) -> None:
+        """See PeerStream. No task waits for it: the first bytes that arrive must be it.
+
+        `doubt_after`: seconds after which the connection's `on_doubt` is called; 0: never.
+        """
+        self._accept_timeout, self._doubt_after = timeout, doubt_after
 
     def _begin_acceptance(self, timeout: float) -> None:
-        self._acceptance = self._loop.call_later(timeout, self._not_accepted, timeout)
+        if 0.0 < self._doubt_after < timeout:
+            self._acceptance = self._loop.call_later(self._doubt_after, self._doubt, timeout)
+        else:
+            self._acceptance = self._loop.call_later(timeout, self._not_accepted, timeout)
+
+    def _doubt(self, timeout: float) -> None:
+        self._acceptance = self._loop.call_later(timeout - self._doubt_after, self._not_accepted, timeout)
+        if self._connection is not None:
+            self._connection.on_doubt(self)
 
     def _accepted_by(self, data: bytes) -> bytes:
         """Take the acknowledgement off the first bytes."""

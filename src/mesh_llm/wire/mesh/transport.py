@@ -2,7 +2,8 @@
 
 TRANSPORT: over the authenticated QUIC connection, each frame of the asker is a `TransportRequest`, and gets one
 `TransportOffer`. An offer names the TCP ports, the digest of the certificate, and tickets. A ticket is used once, by
-the peer that it was made for, within `TICKET_SECONDS`.
+the peer that it was made for, within `TICKET_SECONDS`. A connection is named by the SHA-256 of its ticket: the asker
+can have those closed that say nothing.
 
 On the TLS connection the asker first sends a ticket, and nothing else before the other side has answered `ADMITTED`.
 From then on the connection carries one stream at a time, in both directions, in pieces: the length as u32, big-endian,
@@ -11,6 +12,7 @@ ends it by an error. The next stream begins when both directions of the last one
 those that it would have on QUIC, its header included.
 """
 
+import hashlib
 from functools import partial
 from typing import Annotated, NamedTuple, TypeAlias
 
@@ -23,6 +25,8 @@ TICKET_BYTES = 32
 TICKET_SECONDS = 30.0
 MAX_TICKETS = 16
 """Most tickets of one offer."""
+MAX_SILENT = 32
+"""Most connections that one request names."""
 DIGEST_BYTES = 32
 MAX_TRANSPORT_FRAME = 2048
 
@@ -36,12 +40,20 @@ END_PIECE = bytes(LENGTH_BYTES)
 
 _Port: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 _Ticket: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
+_Digest: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
 
 class TransportRequest(msgspec.Struct, frozen=True, array_like=True):
-    """Asks for tickets."""
+    """Asks for tickets, or whether the peer answers on QUIC.
+
+    Attributes:
+        tickets: how many.
+        silent: SHA-256 of the tickets of connections on which the peer said nothing: it closes them, and with them what
+            it does for their streams, before it answers. Older versions ignore it.
+    """
 
     tickets: Annotated[int, msgspec.Meta(ge=0, le=MAX_TICKETS)] = 1
+    silent: Annotated[tuple[_Digest, ...], msgspec.Meta(max_length=MAX_SILENT)] = ()
 
 
 class TransportOffer(msgspec.Struct, frozen=True, array_like=True):
@@ -55,9 +67,14 @@ class TransportOffer(msgspec.Struct, frozen=True, array_like=True):
     """
 
     ports: tuple[_Port, _Port]
-    certificate: Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+    certificate: _Digest
     tickets: Annotated[tuple[_Ticket, ...], msgspec.Meta(max_length=MAX_TICKETS)] = ()
     reason: Annotated[str, msgspec.Meta(max_length=MAX_TEXT, pattern=ONE_LINE)] = ""
+
+
+def connection_name(ticket: bytes) -> bytes:
+    """How both sides name the connection that a ticket opened, and how a ticket is found: its SHA-256."""
+    return hashlib.sha256(ticket).digest()
 
 
 decode_request = partial(decode, msgspec.msgpack.Decoder(TransportRequest))
