@@ -2,9 +2,10 @@
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from hashlib import blake2b
+from types import TracebackType
 
 from mesh_llm.api.errors import model_moved, node_busy, queue_full
 from mesh_llm.api.request import ModelRequest
@@ -137,7 +138,7 @@ class _TargetQueue:
         return place
 
     def seconds_to_room(self, now: float, longest: float) -> tuple[float, float]:
-        """The likely rate, and the seconds until one more request could join; see `FairQueue._enter`."""
+        """The likely rate, and the seconds until one more request could join; see `FairQueue.enter`."""
         return self.rate.likely(now), (self.length + 1) / self.rate.most(now) - longest
 
 
@@ -168,10 +169,9 @@ class FairQueue:
         """Targets that have requests now."""
         return sum(queue.rate.inside > 0 for queue in self._queues.values())
 
-    @asynccontextmanager
-    async def turn(
+    def turn(
         self, target: Target, job: ModelRequest, deadline: float, *, begun: bool = False
-    ) -> AsyncGenerator[None]:
+    ) -> AbstractAsyncContextManager[None]:
         """Wait for a place at a target, and hold it for as long as the block lasts.
 
         Args:
@@ -184,27 +184,18 @@ class FairQueue:
             MeshError: QueueFullError (429), or `model_moved` (503): this launch takes no more requests.
         """
         if not ENDPOINTS[job.request.path].kinds:
-            yield
-            return
-        queue = self._queue(target)
-        await self._enter(queue, target, job, deadline, begun=begun)
-        completed = True
-        try:
-            yield
-        except (MeshError, TargetLostError):
-            completed = False
-            raise
-        finally:
-            self._exit(queue, target, job.model, completed=completed)
+            return nullcontext()
+        return _Turn(self, target, job, deadline, begun=begun)
 
     def send_away(self, job: ModelRequest, targets: Sequence[Target]) -> float:
         """Seconds after which a request that all these targets are too full for may come back to one of them."""
         now = self._clock()
-        offers = [(queue, *queue.seconds_to_room(now, self._longest)) for queue in map(self._queue, targets)]
+        offers = [(queue, *queue.seconds_to_room(now, self._longest)) for queue in map(self.queue_of, targets)]
         queue, rate, first = min(offers, key=lambda offer: offer[0].promises.quote(now, *offer[1:]))
         return queue.promises.make(_key(job), now, rate, first)
 
-    def _queue(self, target: Target) -> _TargetQueue:
+    def queue_of(self, target: Target) -> _TargetQueue:
+        """The queue before a target."""
         key: Hashable = target.address if target.local else (target.node, target.term)
         queue = self._queues.get(key)
         if queue is None:
@@ -219,9 +210,10 @@ class FairQueue:
         self._queues.move_to_end(key)
         return queue
 
-    async def _enter(
+    async def enter(
         self, queue: _TargetQueue, target: Target, job: ModelRequest, deadline: float, *, begun: bool
     ) -> None:
+        """Wait for a place; `exit` must follow. Raises as `turn`."""
         now, owner = self._clock(), job.request.owner
         if queue.rate.inside < queue.places and not queue.order:
             queue.rate.begin(now)
@@ -249,14 +241,14 @@ class FairQueue:
             if place.done() and not place.cancelled():
                 # It had been given the place, or dropped.
                 if place.exception() is None:
-                    self._exit(queue, target, job.model, completed=False)
+                    self.exit(queue, target, job.model, completed=False)
             else:
                 queue.leave(owner, place)
             raise
         finally:
             timer.cancel()
 
-    def _exit(self, queue: _TargetQueue, target: Target, model: ModelName, *, completed: bool) -> None:
+    def exit(self, queue: _TargetQueue, target: Target, model: ModelName, *, completed: bool) -> None:
         """Give the place to the next in the queue; or send all on, where this launch takes no more requests."""
         now = self._clock()
         queue.rate.end(now, completed=completed)
@@ -276,6 +268,29 @@ class FairQueue:
             one.status is ModelStatus.WARM and (one.node, one.term) == (target.node, target.term)
             for one in route.targets
         )
+
+
+class _Turn(AbstractAsyncContextManager[None]):
+    """A place at a target. Not a generator: that would cost a request several microseconds."""
+
+    __slots__ = ("_begun", "_deadline", "_job", "_places", "_queue", "_target")
+
+    def __init__(self, queue: FairQueue, target: Target, job: ModelRequest, deadline: float, *, begun: bool) -> None:
+        self._queue = queue
+        self._places = queue.queue_of(target)
+        self._target = target
+        self._job = job
+        self._deadline = deadline
+        self._begun = begun
+
+    async def __aenter__(self) -> None:
+        await self._queue.enter(self._places, self._target, self._job, self._deadline, begun=self._begun)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        completed = not isinstance(error, (MeshError, TargetLostError))
+        self._queue.exit(self._places, self._target, self._job.model, completed=completed)
 
 
 def _key(job: ModelRequest) -> Hashable:

@@ -7,7 +7,7 @@ the API's own shape. An undisturbed answer is relayed as bytes, never parsed.
 
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import structlog
@@ -67,6 +67,8 @@ _LAST_RESPONSE = b"response.completed"
 _NOT_RELAYED = frozenset(
     (b"server", b"date", b"content-length", NODE_HEADER, MODEL_HEADER, ASKED_HEADER, RESUMED_HEADER)
 )
+_NOTHING = nullcontext()
+"""Nothing to enter and to leave: a context manager made of a generator costs a request several microseconds."""
 _log = structlog.get_logger(__name__)
 
 
@@ -239,14 +241,19 @@ class Proxy:
                 attempt.close(status=refused.status, reason=refused.message)
             attempt.close(status=CLIENT_GONE)
 
-    @asynccontextmanager
-    async def _prepared(self, plan: _Plan, target: Target) -> AsyncGenerator[None]:
+    def _prepared(self, plan: _Plan, target: Target) -> AbstractAsyncContextManager[None]:
         """Prepare an engine here for a request: it gets its prompt, and guesses nothing where that would be noticed."""
-        job, guessing = plan.job, self._upstream.guessing
-        async with self._prompt_cache(plan, target):
-            if not target.local or not guessing.active(job.model, target.term) or not wants_logprobs(job.body):
-                yield
-                return
+        job, caches, guessing = plan.job, self._upstream.caches, self._upstream.guessing
+        if not target.local:
+            return _NOTHING
+        if guessing.active(job.model, target.term) and wants_logprobs(job.body):
+            return self._unguessed(plan, target)
+        return self._prompt_cache(plan, target) if caches.keeps(job.model, target.term) else _NOTHING
+
+    @asynccontextmanager
+    async def _unguessed(self, plan: _Plan, target: Target) -> AsyncGenerator[None]:
+        job, caches, guessing = plan.job, self._upstream.caches, self._upstream.guessing
+        async with self._prompt_cache(plan, target) if caches.keeps(job.model, target.term) else _NOTHING:
             resume = await guessing.pause(job.model, target.term)
             try:
                 yield
@@ -255,11 +262,8 @@ class Proxy:
 
     @asynccontextmanager
     async def _prompt_cache(self, plan: _Plan, target: Target) -> AsyncGenerator[None]:
-        """Bring back what is saved of the prompt, if an engine here is to read it; say when its answer has ended."""
+        """Bring back what is saved of the prompt, which an engine here is to read; say when its answer has ended."""
         job, caches = plan.job, self._upstream.caches
-        if not target.local or not caches.keeps(job.model, target.term):
-            yield
-            return
         path = job.request.path
         prefixes = (plan.prefixes or prompt_prefixes(job.body)) if path in RESUMABLE else []
         holder = plan.holder_for(target.node) if prefixes else None

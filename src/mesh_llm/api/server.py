@@ -333,6 +333,7 @@ class ConnectionReply:
         self.started = True
         if status in _CLOSES_CONNECTION:
             headers = [*headers, (b"connection", b"close")]
+        self._connection.begin_head()
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         self._connection.head_sent()
 

@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 import threading
+from typing import cast
 
 import pytest
 import uvloop
@@ -389,3 +390,53 @@ def test_a_head_that_came_while_the_node_was_busy_is_no_late_one(begun: bytes) -
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         assert statuses(runner.run(ask())) == [503]
+
+
+class Sent:
+    """Stands for a client's connection: what each system call sends."""
+
+    def __init__(self) -> None:
+        self.calls: list[bytes] = []
+        self.closed_after = -1
+
+    def write(self, data: bytes) -> None:
+        self.calls.append(data)
+
+    def writelines(self, pieces: list[bytes]) -> None:
+        self.calls.append(b"".join(pieces))
+
+    def close(self) -> None:
+        self.closed_after = len(self.calls)
+
+
+async def test_a_head_is_sent_with_what_follows_it_and_alone_where_nothing_does():
+    sent = Sent()
+    outgoing = protocol._Outgoing(cast("asyncio.Transport", sent), asyncio.get_running_loop())
+
+    def head() -> None:
+        outgoing.keep_next(True)
+        outgoing.write(b"head ")
+        outgoing.keep_next(False)
+
+    head()
+    outgoing.write(b"first ")
+    outgoing.write(b"second")
+    assert sent.calls == [b"head first ", b"second"]
+    await asyncio.sleep(0)
+    head()
+    assert len(sent.calls) == 2
+    await asyncio.sleep(0)
+    assert sent.calls[2:] == [b"head "]
+    head()
+    outgoing.close()
+    assert (sent.calls[3:], sent.closed_after) == ([b"head "], 4)
+
+
+@pytest.mark.parametrize("goes_on", [b"close", b"keep-alive"])
+async def test_an_answer_without_a_body_has_its_head(goes_on: bytes):
+    async with running_api() as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
+        writer.write(b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: %b\r\n\r\n" % goes_on)
+        async with asyncio.timeout(5):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 ")
+        writer.close()
