@@ -254,35 +254,32 @@ async def test_what_the_system_gives_up_counts_as_silence_and_takes_the_idle_con
         assert state == (Transport.QUIC, "TCP stopped answering")
 
 
-async def deaf(nodes: Pair) -> None:
-    """One TLS connection between them that is idle, and the server reads nothing from it."""
+async def deaf(nodes: Pair) -> TlsConnection:
+    """The server's end of the one TLS connection between them, from which it reads nothing. It carries no stream."""
     stream = await nodes.http()
     await stream.write(b"first")
     await stream.finish()
     assert await read_all(stream) == b"FIRST"
-    for connections in nodes.server.net.tls_listener._connections.values():
-        for connection in connections:
-            connection.transport.pause_reading()
+    (connections,) = nodes.server.net.tls_listener._connections.values()
+    (connection,) = connections
+    connection.transport.pause_reading()
+    return connection
 
 
 async def test_a_stream_that_tcp_does_not_bring_over_fails_as_soon_as_quic_answers():
     async with pair(tls=True) as nodes, asyncio.timeout(TIMEOUT):
         nodes.server.net.serve_http(echo)
-        await deaf(nodes)
-        idle = await nodes.http()
-        stream = await nodes.asker.net.open_http(nodes.target)
-        assert isinstance(idle, TlsStream)
-        assert isinstance(stream, IrohStream)
-        stream.abort()
+        connection = await deaf(nodes)
+        stream = await nodes.http()
         began = time.monotonic()
-        await idle.write(b"question")
+        await stream.write(b"question")
         with pytest.raises(TransportSilentError):
-            await idle.read(100)
+            await stream.read(100)
         # Long before the 2.5 s in which a peer must accept a stream.
         assert time.monotonic() - began < 1.0
         assert nodes.asker.net.transport_of(nodes.server.net.node_id) == (Transport.QUIC, "TCP stopped answering")
         # The server has dropped what it may have had of it, before it is asked again.
-        assert len(nodes.server.net.tls_listener) == 0
+        assert connection.ended
         again = await nodes.asker.net.open_http(nodes.target)
         assert isinstance(again, IrohStream)
         await again.write(b"again")
@@ -302,19 +299,45 @@ async def test_a_request_that_its_node_has_and_does_not_confirm_ends_there_befor
         finally:
             ended.set()
 
+    def unsaid(*_: object) -> None:
+        return
+
     async with pair(tls=True) as nodes, asyncio.timeout(TIMEOUT):
         nodes.server.net.serve_http(echo)
-        await deaf(nodes)
+        connection = await deaf(nodes)
         nodes.server.net.serve_http(work)
-        (connections,) = nodes.server.net.tls_listener._connections.values()
-        (connection,) = connections
-        monkeypatch.setattr(connection, "owe", lambda *_: None)
+        monkeypatch.setattr(connection, "owe", unsaid)
         connection.transport.resume_reading()
         stream = await nodes.http()
         await stream.write(b"question")
         with pytest.raises(TransportSilentError):
             await stream.read(100)
         assert ended.is_set()
+
+
+async def test_a_silent_connection_that_the_system_has_just_ended_is_given_up_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Closed:
+        """A transport whose socket is closed, and whose protocol has not been told."""
+
+        def get_extra_info(self, _: str) -> None:
+            return None
+
+        def abort(self) -> None:
+            return
+
+    async with pair(tls=True) as nodes, asyncio.timeout(TIMEOUT):
+        nodes.server.net.serve_http(echo)
+        stream = await nodes.http()
+        await stream.write(b"question")
+        assert isinstance(stream, TlsStream)
+        carrier = stream._connection
+        assert carrier is not None
+        monkeypatch.setattr(carrier, "_transport", Closed())
+        carrier.give_up()
+        with pytest.raises(ConnectionError):
+            await stream.read(100)
 
 
 async def test_a_node_that_answers_on_neither_is_waited_for_as_on_quic(monkeypatch: pytest.MonkeyPatch):
@@ -355,6 +378,8 @@ async def test_after_a_failure_tcp_is_tried_again_when_the_peer_is_reached_elsew
         assert connection is not None
 
         async def ask() -> int:
+            nonlocal now
+            now += 0.01
             (await nodes.open(StreamType.HTTP)).abort()
             return len(dials)
 

@@ -158,8 +158,10 @@ class TlsConnection(asyncio.BufferedProtocol):
     def give_up(self) -> None:
         """Drop the connection: the peer does not answer on it. What is on its way must not arrive later."""
         self.silent = True
-        if self._transport is not None and not self.ended:
-            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
+        connected: socket.socket | None = self._transport.get_extra_info("socket") if self._transport else None
+        # There is none when the system has ended the connection, and `connection_lost` is about to be called.
+        if connected is not None:
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
         self.close()
 
     def close(self) -> None:
