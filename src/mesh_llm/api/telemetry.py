@@ -230,12 +230,14 @@ class RequestTrace:
 
     def tokens(self) -> tuple[int, int]:
         """Of the prompt and of the answer, over all targets that took part."""
-        generated = [usage.generated for usage in self._usage]
-        # An engine that resumes an answer reads what the client already has of it as a part of the prompt.
-        prompt = max((usage.prompt - sum(generated[:index]) for index, usage in enumerate(self._usage)), default=0)
+        prompt = generated = 0
+        for usage in self._usage:
+            # An engine that resumes an answer reads what the client already has of it as a part of the prompt.
+            prompt = max(prompt, usage.prompt - generated)
+            generated += usage.generated
         if prompt <= 0 and self._first_byte is not None:
             prompt = self.prompt_estimate
-        return max(0, prompt), sum(generated)
+        return max(0, prompt), generated
 
     def decision(self, number: int, seconds: float) -> Decision:
         """The trace as the console shows it."""

@@ -363,6 +363,18 @@ class Upstream:
         Raises:
             TargetLostError: no connection, or none that gave so much of an answer.
         """
+        try:
+            return await self._send_recorded(target, request, model, recording)
+        except TargetLostError as error:
+            if not isinstance(error.__cause__, TransportSilentError):
+                raise
+        # The node answers on another transport, and has dropped the request that it did not hear of there. For a
+        # receipt these are two steps: it may have seen the first.
+        return await self._send_recorded(target, request, model, recording)
+
+    async def _send_recorded(
+        self, target: Target, request: UpstreamRequest, model: ModelName | None, recording: Recording | None
+    ) -> UpstreamResponse:
         if recording is None or model is None:
             return await self._send(target, request, model)
         step = recording.begin(target, model, request.method, request.target, request.body)
@@ -380,12 +392,11 @@ class Upstream:
         if target.local:
             return await self._send_local(target, request, model)
         try:
-            return await self._send_remote(target, request, model)
-        except TargetLostError as error:
-            if not isinstance(error.__cause__, TransportSilentError):
-                raise
-        # The node answers on another transport, and has dropped the request that it did not hear of there.
-        return await self._send_remote(target, request, model)
+            async with asyncio.timeout(self._config.connect_seconds):
+                stream = await self.open_stream(target)
+        except (OSError, MeshError) as error:
+            raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
+        return await self._exchange(self._watchdog.watch(stream, target, model), PEER_HOST, request, None)
 
     def body_for(self, model: ModelName, path: str, body: bytes) -> bytes:
         """A request's body as an engine here gets it."""
@@ -395,14 +406,6 @@ class Upstream:
     def close(self) -> None:
         """Drop all idle connections."""
         self._pool.close()
-
-    async def _send_remote(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
-        try:
-            async with asyncio.timeout(self._config.connect_seconds):
-                stream = await self.open_stream(target)
-        except (OSError, MeshError) as error:
-            raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
-        return await self._exchange(self._watchdog.watch(stream, target, model), PEER_HOST, request, None)
 
     async def _send_local(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
         """An idle connection that turns out to be closed is replaced by another."""

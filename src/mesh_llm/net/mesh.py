@@ -457,19 +457,23 @@ class MeshNet:
     # What admission asks
 
     def _scope_now(self, peer: Peer) -> Scope | None:
-        certificates = (peer.certificate, self._certificate_of(peer.node))
-        holding = [one for one in certificates if one is not None and self.issuer.recheck(one) is None]
-        return max(map(self.issuer.scope_of, holding), default=None)
+        # Asked for every stream: mostly the two are one.
+        own, known = peer.certificate, self._certificate_of(peer.node)
+        certificates = (own,) if known is None or known is own or known == own else (own, known)
+        holding = [one for one in certificates if self.issuer.recheck(one) is None]
+        return max([self.issuer.scope_of(one) for one in holding], default=None)
 
     def _certificate_of(self, node: NodeId) -> Certificate | None:
         """The certificate in a node's last announcement or that of its connection; the wider or longer one."""
-        connection = self.connections.find(node)
-        candidates = (self.guard.certificate(node), connection.peer.certificate if connection is not None else None)
-        known = [certificate for certificate in candidates if certificate is not None]
+        connection, announced = self.connections.find(node), self.guard.certificate(node)
+        if connection is None:
+            return announced
+        shown = connection.peer.certificate
+        if announced is None or announced is shown or announced == shown:
+            return shown
         return max(
-            known,
+            (announced, shown),
             key=lambda one: (self.issuer.recheck(one) is None, self.issuer.scope_of(one), one.expires),
-            default=None,
         )
 
 
