@@ -117,7 +117,9 @@ class Transcript:
 
     def usage(self) -> Usage:
         """Find the engine's token counts in what was kept."""
-        kept = b"\n".join((self._first, self._end()))
+        kept = self._end()
+        if self.size > _TAIL or self._tail_size != self.size:
+            kept = b"\n".join((self._first, kept))
         found = {name: float(value) for name, value in _NUMBERS.findall(kept)}
 
         def number(*names: bytes) -> int:
