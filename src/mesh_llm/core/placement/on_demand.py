@@ -70,6 +70,11 @@ class _Entry:
     state: Awaited = field(default_factory=Awaited)
 
     @property
+    def members(self) -> Collection[NodeId]:
+        """Those of the askers that are members of the mesh. A passive node is none."""
+        return [node for node, one in self.askers.items() if one.standing == "member"]
+
+    @property
     def here(self) -> bool:
         """Whether somebody wants it loaded on this node, and on no other."""
         return self.by_user or any(one.here for one in self.askers.values())
@@ -337,7 +342,7 @@ class OnDemand:
             chance = self._splits.chance_elsewhere(facts)
             if chance.waits_for:
                 waits_for = f"{_TO_SPLIT}: {chance.waits_for}"
-            elif not self._splits.still(entry.since, entry.askers):
+            elif not self._splits.still(entry.since, entry.members):
                 # What is known of the other nodes may be late.
                 waits_for = "a node is looked for"
             elif chance.outlook is not None and self._fits_nowhere_alone(entry.model):
@@ -636,7 +641,7 @@ class OnDemand:
         if best.ready:
             return self._make_room_to_split(entry, facts, residents, before)
         waits_for = chance.waits_for or best.waits_for
-        if waits_for or not splits.still(entry.since, entry.askers):
+        if waits_for or not splits.still(entry.since, entry.members):
             self._wake(splits.wakes())
             entry.state = Awaited(text=f"{_TO_SPLIT}: {waits_for or 'there may be news of the other nodes'}")
             return [], False
@@ -670,7 +675,7 @@ class OnDemand:
             without = [*self.residents.leaving(), *idle]
             best = self.residents.check(facts, without)
             perhaps = isinstance(best, LoadRefused) and splits.can_begin(model, best)
-            if perhaps and (splits.chance(facts, without).possible or not splits.still(entry.since, entry.askers)):
+            if perhaps and (splits.chance(facts, without).possible or not splits.still(entry.since, entry.members)):
                 return me
         hosts = [
             (offer.memory_bytes if (offer := member.announcement.offer) is not None else 0, place.node)

@@ -137,14 +137,14 @@ class SplitLoads:
         own = (models.capacity.memory_bytes, models.launches.reserved_bytes(), models.rpc, scope, self._split.admitted)
         return (self._facts, own, self._split.lending is not None, models.group_model)
 
-    def still(self, since: float, askers: Collection[NodeId]) -> bool:
+    def still(self, since: float, asking: Collection[NodeId]) -> bool:
         """Whether a no may be given: what counts has been the same for a while, or was looked at for as long.
 
-        `since`: when it was first asked for. `askers`: who asks; one that is not known here has just joined.
+        `since`: when it was first asked for. `asking`: members that ask; one that is not known here has just joined.
         """
         if self._now >= since + _STILL_SECONDS:
             return True
-        known = all(one == self._config.node or one in self._names for one in askers)
+        known = all(one in self._names for one in asking)
         return known and self._now >= self._changed_at + _STILL_SECONDS
 
     # Whether it is possible.

@@ -219,6 +219,13 @@ def test_a_node_that_asks_and_is_not_known_yet_has_just_joined() -> None:
     assert machine.state("red").text == SOON
 
 
+def test_a_passive_node_that_asks_is_never_known_and_is_refused_at_once() -> None:
+    machine = host(on_demand=OnDemandPolicy(scope="clients"))
+    machine.wait(STILL)
+    machine.asks("red", asker=OTHER, standing="client")
+    assert "Add a machine, or take a smaller model" in machine.state("red").problem
+
+
 def test_without_a_plugin_and_without_a_build_nothing_is_waited_for() -> None:
     machine = Machine(memory=3.0, disk=("red",), shares=True)
     machine.do(RpcChanged(rpc_version="", obstacle="plugin", detail="no compiler"))
