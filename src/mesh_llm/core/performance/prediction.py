@@ -193,7 +193,9 @@ def split_prompt_seconds(
         read = None if speed is None else speed.prompt_seconds(facts.weight_bits, facts.size_bytes, part, together)
         if read is None:
             return None
-        stages.append(read + (TUNNEL_SECONDS if share is layout.host else WORKER_SECONDS))
+        # The host hands on what each worker needs, and computes nothing meanwhile.
+        beside = TUNNEL_SECONDS * len(layout.workers) if share is layout.host else WORKER_SECONDS
+        stages.append(read + beside)
     token = facts.embedding_length * _FLOAT_BYTES
     there, back = ring[:-1], ring[-1]
     carried = max((link.seconds(token * together) - link.one_way_seconds for link in there), default=0.0)

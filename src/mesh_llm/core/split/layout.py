@@ -127,7 +127,8 @@ def split_memory(
 
 MOST_PIPELINED_TOKENS = 128
 _PIECE_TOKENS = 32
-_READ_TOKENS = 8
+_READ_TOKENS = 8.0
+_HANDED_TOKENS = 0.3
 _PROMPT_TOKENS = 2048
 
 
@@ -136,12 +137,16 @@ def pipelined_tokens(machines: int) -> int:
 
     The machines of a group work on consecutive micro-batches at the same time. A prompt of P tokens in micro-batches of
     b keeps S machines busy for the part P / (P + (S - 1) * b) of the time, so smaller ones are better, down to the size
-    at which reading the weights and handing on results counts more: on processors some 8 tokens' worth for each
-    micro-batch, so that sqrt(8 * P / (S - 1)) is best. Measured with one worker at 0 ms on quiet cores, 2,000 tokens, ×
-    one machine: 512: 1.45 and 1.58; 256: 1.58 and 1.62; 128: 1.63 and 1.68; 64: 1.48 and 1.77. A GPU reads its weights
-    in the time of hundreds of a prompt's tokens: it keeps `BATCH_TOKENS`.
+    at which what each takes beside its tokens counts more: o tokens' worth, so that sqrt(o * P / (S - 1)) is best. On
+    processors reading the weights is worth some 8 tokens. While the host hands on what there is for a worker, about a
+    millisecond, it computes nothing, and all S machines follow its pace: 0.3 * S * (S - 1) where one machine reads 300
+    tokens a second. Measured with one worker at 0 ms on quiet cores, 2,000 tokens, × one machine: 512: 1.45 and 1.58;
+    256: 1.58 and 1.62; 128: 1.63 and 1.68; 64: 1.48 and 1.77. A GPU reads its weights in the time of hundreds of a
+    prompt's tokens: it keeps `BATCH_TOKENS`.
     """
-    best = math.sqrt(_READ_TOKENS * _PROMPT_TOKENS / max(1, machines - 1))
+    workers = max(1, machines - 1)
+    beside = _READ_TOKENS + _HANDED_TOKENS * machines * workers
+    best = math.sqrt(beside * _PROMPT_TOKENS / workers)
     return min(MOST_PIPELINED_TOKENS, max(1, round(best / _PIECE_TOKENS)) * _PIECE_TOKENS)
 
 
