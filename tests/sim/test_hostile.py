@@ -48,7 +48,7 @@ def trusted_share(simulation: Simulation) -> float:
     return sum(pairs) / len(pairs)
 
 
-@pytest.mark.parametrize("state", ["s", "d"])
+@pytest.mark.parametrize("state", [pytest.param("s", marks=pytest.mark.slow), "d"])
 def test_forged_verdicts_kill_nobody_and_wear_off(state: str) -> None:
     simulation = Simulation(SCENARIO)
     shares: list[float] = []

@@ -46,6 +46,7 @@ def test_a_changed_kernel_is_seen(source: Source) -> None:
         source.files[path] = whole
 
 
+@pytest.mark.slow
 def test_operators_and_types_have_the_pinned_releases_numbers(source: Source) -> None:
     operators = [member.partition(" ")[0].removeprefix("GGML_OP_").lower() for member in enumeration(source, "ggml_op")]
     assert operators[:-1] == list(OPERATORS)
@@ -59,6 +60,7 @@ def test_operators_and_types_have_the_pinned_releases_numbers(source: Source) ->
     assert numbers == {kind.name.lower(): number for number, kind in GGML_TYPES.items()}
 
 
+@pytest.mark.slow
 def test_types_have_the_functions_that_rules_take_for_granted(source: Source) -> None:
     traits, processor = source.text("ggml.c:type_traits"), source.text("ggml-cpu/ggml-cpu.c:type_traits_cpu")
     assert traits is not None
