@@ -16,8 +16,10 @@ from tests.support.receipts import ASKER, HOST, OTHER, WORKER, read, signer, ver
 
 from mesh_llm.api.receipts import COMMENT, PART_PATH, Notary, Part
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.trust.receipts import examine, holds, who_saw
 from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import ByteStream, TransportSilentError
 from mesh_llm.core.types.receipt import Announced, Outcome, Served, Statement
 from mesh_llm.wire.mesh.receipts import request_digest, sign_statement
 
@@ -185,6 +187,36 @@ async def test_a_host_that_never_got_the_request_is_not_named() -> None:
         answer = await api.post(QUESTION, CHAT, x_mesh_llm_receipt="on")
         checked = read(answer.headers["x-mesh-llm-receipt"])
         assert [one.node for one in checked.receipt.steps] == [ELSEWHERE]
+
+
+async def test_a_request_that_is_begun_again_on_another_transport_is_two_steps_of_one_host() -> None:
+    class Silent:
+        """A stream that its node never accepts."""
+
+        async def read(self, limit: int) -> bytes:
+            raise TransportSilentError("TCP stopped answering")
+
+        async def write(self, data: bytes) -> None: ...
+
+        async def finish(self) -> None: ...
+
+        def abort(self) -> None: ...
+
+    streams: list[ByteStream] = [Silent()]
+    async with host(THERE, whole) as (address, _), asking((THERE, address)) as api:
+
+        async def open_stream(target: Target) -> ByteStream:
+            return streams.pop() if streams else await api.mesh.open_stream(target)
+
+        api.server.use_mesh(open_stream)
+        answer = await api.post(QUESTION, CHAT, x_mesh_llm_receipt="on")
+        assert b"Hi" in answer.content
+        checked = read(answer.headers["x-mesh-llm-receipt"])
+        assert holds(examine(checked)), examine(checked)
+        assert [(one.node, one.outcome) for one in checked.receipt.steps] == [
+            (THERE, Outcome.LOST),
+            (THERE, Outcome.ANSWERED),
+        ]
 
 
 async def test_an_engine_of_the_asking_node_and_its_workers() -> None:
