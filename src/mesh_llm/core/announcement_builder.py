@@ -104,6 +104,7 @@ class AnnouncementBuilder:
             clients=parts.listing.clients,
             offer=parts.split.offer(parts.yielding.reason),
             loads=parts.on_demand.offer(parts.yielding.reason),
+            ownership=config.ownership,
         )
 
 

@@ -4,7 +4,7 @@ import math
 
 import msgspec
 
-from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, ListingPolicy, LoadScope
+from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, ListingPolicy, LoadScope, Ownership
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts, Role
 from mesh_llm.core.types.model_settings import ModelSettings, settings_of
@@ -277,6 +277,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         publicity: the user's wish that the mesh be listed (`--publish`).
         marks_listings: all invites that this node published have the mark of public ones.
         on_demand: models that are loaded because somebody asks for them.
+        ownership: whose node this is.
     """
 
     node: NodeId
@@ -301,6 +302,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     publicity: ListingPolicy | None = None
     marks_listings: bool = False
     on_demand: OnDemandPolicy = OnDemandPolicy()
+    ownership: Ownership | None = None
 
     def settings_of(self, model: ModelName) -> ModelSettings:
         """The settings of a model at the start of the node."""

@@ -337,6 +337,11 @@ class Node:
             now=now,
             awaited=self._on_demand.state,
             resting=bool(self._models.resting),
+            workers={
+                launch.model: tuple(share.node for share in launch.order.plan.split.workers)
+                for launch in self._models.launches
+                if launch.order.plan.split is not None
+            },
         )
         return [] if snapshot is None else [SetRoutes(snapshot=snapshot)]
 

@@ -19,6 +19,7 @@ from mesh_llm.core.types.gossip import Exchange, MeshMessage
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.credentials import Credentials
 from mesh_llm.net.admission.handshake import CertificateIssuer
+from mesh_llm.net.admission.ownerships import OwnershipCheck
 from mesh_llm.net.admission.revocations import RevocationList
 from mesh_llm.net.connection_manager import ConnectionManager
 from mesh_llm.net.event_adapter import EventAdapter
@@ -219,7 +220,7 @@ class GossipTransport:
             refusal = self._guard.check(entry)
             announcement = entry.announcement
             if refusal is None:
-                entries.append(entry)
+                entries.append(self._guard.owned(entry))
                 self._check_scope(announcement)
                 self._connections.addresses.learn(announcement.node, announcement.addresses, announcement.relay)
             elif is_lie(refusal):
@@ -388,7 +389,10 @@ class AnnouncementGuard:
         issuer: CertificateIssuer,
         verify: Verify,
         encode: Callable[[Announcement], bytes],
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """`clock`: UNIX seconds."""
+        self._ownerships = OwnershipCheck(verify, clock)
         self._credentials = credentials
         self._issuer = issuer
         self._verify = verify
@@ -434,6 +438,18 @@ class AnnouncementGuard:
         if len(self._verified) > MAX_VERIFIED_DIGESTS:
             self._verified.popitem(last=False)
         return None
+
+    def owned(self, entry: SignedAnnouncement) -> SignedAnnouncement:
+        """An entry without an owner who did not sign that the node is theirs. What its node signed travels on as it is.
+
+        That is no fault of the peer that passed it on.
+        """
+        announcement = entry.announcement
+        ownership = announcement.ownership
+        if ownership is None or self._ownerships.holds(ownership, announcement.node):
+            return entry
+        _log.info("an owner that does not hold", node=announcement.node[:10], owner=ownership.owner[:10])
+        return msgspec.structs.replace(entry, announcement=msgspec.structs.replace(announcement, ownership=None))
 
     def certificate(self, node: NodeId) -> Certificate | None:
         """The certificate in a node's latest announcement; it may have ended since."""

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.announcement import Standing
+from mesh_llm.core.types.announcement import Ownership, Standing
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import MeshId, NodeId
@@ -79,6 +79,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
         approvals: machines of this network may ask the user to join without an invite (`--lan`).
         invite_scope: widest scope of invites for which nobody names one.
         tls: streams that carry much move to TLS over TCP, where the nodes reach each other directly.
+        ownership: whose node this is.
     """
 
     home: Home | None
@@ -91,6 +92,7 @@ class MeshNetConfig(msgspec.Struct, frozen=True, kw_only=True):
     approvals: bool = False
     invite_scope: Scope = Scope.SPLIT
     tls: bool = True
+    ownership: Ownership | None = None
 
 
 class MeshNet:
@@ -128,6 +130,8 @@ class MeshNet:
         self.credentials.ceiling = self.revocations.ceiling
         kept = read_ports(config.home.quic_ports) if config.home is not None else (0, 0)
         self.endpoint = Endpoint(key.secret, msgspec.structs.replace(config.endpoint, kept=kept))
+        self.ownership = config.ownership
+        """Whose node this is."""
         self.lost_port = 0
         """The UDP port of the last run, if another program has it now."""
         self.invite_book = InviteBook(self.credentials, self.endpoint.reachable, clock, config.invite_scope)
@@ -137,7 +141,7 @@ class MeshNet:
         self.issuer = CertificateIssuer(self.credentials, self.invite_book, self.revocations, verify, clock, program)
         self.issuer.approvals = self.approvals
         self.issuer.known = self._certificate_of
-        self.guard = AnnouncementGuard(self.credentials, self.issuer, verify, codec.encode_announcement)
+        self.guard = AnnouncementGuard(self.credentials, self.issuer, verify, codec.encode_announcement, clock)
         self.streams = StreamDispatcher(config.limits.header_timeout, self._scope_now)
         self.connections = ConnectionManager(self.endpoint, self.issuer, self.streams, self._events, config.limits)
         self.gossip = GossipTransport(self.connections, self.guard, self.revocations, codec, self._events)
@@ -145,9 +149,13 @@ class MeshNet:
         self.tls_dialer = TlsDialer(config.limits, self._scope)
         self.connections.on_lost += [self.tls_listener.cut, self.tls_dialer.cut]
         self.joiner = Joiner(self.connections, self._events, tokens)
-        self.routes_client = RoutesClient(self.connections, self._events)
+        self.routes_client = RoutesClient(self.connections, self._events, verify, clock)
         self.routes_server = RoutesServer(
-            self.connections.addresses, key.node_id, self.endpoint.reachable, self._events.clients
+            self.connections.addresses,
+            key.node_id,
+            self.endpoint.reachable,
+            self._events.clients,
+            config.ownership,
         )
         self.grants = Grants(self.connections, self.invite_book, self.revocations, self._events, self._revoke)
         self._maintenance = Maintenance(

@@ -10,8 +10,10 @@ import msgspec
 import structlog
 
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.announcement import Ownership
 from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.ids import NodeId
+from mesh_llm.net.admission.ownerships import OwnershipCheck
 from mesh_llm.net.connection_manager import AddressBook, ConnectionManager
 from mesh_llm.net.event_adapter import EventAdapter
 from mesh_llm.net.limits import COME_BACK, MAX_CLIENTS_COUNTED, MAX_LONG_POLLS, MAX_ROUTE_SOURCES
@@ -19,7 +21,7 @@ from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.endpoint import Reachable
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
-from mesh_llm.wire.codec import Malformed, encode
+from mesh_llm.wire.codec import Malformed, Verify, encode
 from mesh_llm.wire.mesh.frames import MAX_ROUTES_FRAME, StreamType, frame
 from mesh_llm.wire.mesh.routes import (
     EPOCH_BYTES,
@@ -59,11 +61,13 @@ class RoutesServer:
         node: NodeId,
         reachable: Callable[[], Reachable],
         on_count: Callable[[int], None] = lambda _: None,
+        ownership: Ownership | None = None,
     ) -> None:
         self._clients = ClientCounter(on_count)
         self._addresses = addresses
         self._node = node
         self._reachable = reachable
+        self._ownership = ownership
         self._epoch = os.urandom(EPOCH_BYTES)
         self._snapshot: RoutingSnapshot | None = None
         self._encoded: tuple[int, bytes] | None = None
@@ -132,7 +136,7 @@ class RoutesServer:
         if self._encoded is None or self._encoded[0] != snapshot.version:
             nodes = {target.node for route in snapshot.models.values() for target in route.targets}
             hosts = tuple(self._host(node) for node in sorted(nodes))
-            self._encoded = (snapshot.version, encode(table_of(snapshot, self._epoch, hosts)))
+            self._encoded = (snapshot.version, encode(table_of(snapshot, self._epoch, hosts, self._ownership)))
         return self._encoded[1]
 
     def _host(self, node: NodeId) -> RouteHost:
@@ -153,7 +157,11 @@ async def _until_gone(stream: PeerStream) -> None:
 class RoutesClient:
     """Follows the routing table of one node at a time; every new table is a RoutesLearned event."""
 
-    def __init__(self, connections: ConnectionManager, events: EventAdapter) -> None:
+    def __init__(
+        self, connections: ConnectionManager, events: EventAdapter, verify: Verify, clock: Callable[[], float]
+    ) -> None:
+        """`clock`: UNIX seconds."""
+        self._ownerships = OwnershipCheck(verify, clock)
         self._connections = connections
         self._events = events
         self._node = connections.endpoint.node_id
@@ -271,8 +279,13 @@ class RoutesClient:
             self._add(NodeId(host.node))
         self._add(source)
         self._count += 1
-        snapshot = snapshot_of(table, self._node, self._count)
+        snapshot = self._owned(snapshot_of(table, self._node, self._count))
         self._events.routes_learned(source, self._with_round_trips(snapshot))
+
+    def _owned(self, snapshot: RoutingSnapshot) -> RoutingSnapshot:
+        """Without owners that did not sign: the node that sent the table may say what it likes."""
+        owners = {node: one for node, one in snapshot.owners.items() if self._ownerships.holds(one, node)}
+        return msgspec.structs.replace(snapshot, owners=owners)
 
     def _with_round_trips(self, snapshot: RoutingSnapshot) -> RoutingSnapshot:
         """Fill in the round trips of this node's own connections; 0.0 for the other targets."""

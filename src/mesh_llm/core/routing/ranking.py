@@ -9,6 +9,7 @@ from zlib import crc32
 
 import msgspec
 
+from mesh_llm.core.types.announcement import Ownership
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelKind, ModelStatus
 
@@ -27,6 +28,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         tokens_per_second: measured generation speed per request; 0.0 unknown.
         rtt_ms: round trip to it; 0.0 for local.
         term: number of the launch on that node.
+        workers: other nodes that compute layers of it there, and so see activations.
     """
 
     node: NodeId
@@ -39,6 +41,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float = 0.0
     rtt_ms: float = 0.0
     term: int = 0
+    workers: tuple[NodeId, ...] = ()
 
 
 class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +104,7 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
             requests at present.
         awaited: what becomes of the requests that wait for models, by model.
         resting: this node has unloaded a model that it loads again when somebody asks for it.
+        owners: whose nodes the targets and their workers are, as verified.
     """
 
     version: int
@@ -111,6 +115,7 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     alive: frozenset[NodeId] = frozenset()
     awaited: Mapping[ModelName, Awaited] = {}
     resting: bool = False
+    owners: Mapping[NodeId, Ownership] = {}
 
 
 class HealthState(StrEnum):

@@ -11,7 +11,7 @@ from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.membership.names import names_of, own_label
 from mesh_llm.core.routing.circuit_breaker import CircuitBreaker, LaunchId, SuspectGrace
 from mesh_llm.core.routing.ranking import Awaited, ModelRoute, RoutingSnapshot, Target
-from mesh_llm.core.types.announcement import Member, Serving
+from mesh_llm.core.types.announcement import Announcement, Member, Ownership, Serving
 from mesh_llm.core.types.events import LoadAnswered, TargetFailed
 from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelKind, ModelStatus
@@ -39,6 +39,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         local: True for this node.
         address: `host:port` of the local engine once it is warm.
         rtt_ms: round trip; 0.0 for local.
+        workers: other nodes that compute layers of it.
         suspect: the node is suspect: used only where no other node serves the model.
         blocked: a request to it failed, or it has been suspect for too long: not used.
     """
@@ -49,6 +50,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     local: bool = False
     address: str = ""
     rtt_ms: float = 0.0
+    workers: tuple[NodeId, ...] = ()
     suspect: bool = False
     blocked: bool = False
 
@@ -153,6 +155,7 @@ class RoutingTable:
         now: float,
         awaited: Mapping[ModelName, Awaited] | None = None,
         resting: bool = False,
+        workers: Mapping[ModelName, tuple[NodeId, ...]] | None = None,
     ) -> RoutingSnapshot | None:
         """Return the new snapshot, or None if it routes like the one before.
 
@@ -167,6 +170,7 @@ class RoutingTable:
             now: the time.
             awaited: what becomes of the requests that wait for models.
             resting: a model was unloaded here until somebody asks for it.
+            workers: other nodes that compute layers of the models here, by model.
         """
         self.stale = False
         me = self._config.node
@@ -178,6 +182,7 @@ class RoutingTable:
                 serving=serving,
                 local=True,
                 address=addresses.get(serving.model, ""),
+                workers=(workers or {}).get(serving.model, ()),
                 blocked=self._breaker.blocks(
                     (me, serving.model), LaunchId(self._config.incarnation, serving.term), now
                 ),
@@ -205,6 +210,7 @@ class RoutingTable:
             ),
             awaited=awaited or {},
             resting=resting,
+            owners=_owners(routes.values(), members),
         )
         self._forget_created(snapshot)
         if self._fetched is not None:
@@ -222,6 +228,7 @@ class RoutingTable:
             owner=member.label,
             serving=serving,
             rtt_ms=member.rtt_ms,
+            workers=_workers(announced, serving.model),
             suspect=member.suspect,
             blocked=self._suspects.expired(node, now) or self._breaker.blocks((node, serving.model), launch, now),
         )
@@ -254,7 +261,11 @@ class RoutingTable:
                 reason = f"{reason} {_CLIENT}"
             models[name] = msgspec.structs.replace(route, targets=targets, status=status, reason=reason)
         return msgspec.structs.replace(
-            snapshot, models=models, default=snapshot.default or fetched.default, alive=fetched.alive
+            snapshot,
+            models=models,
+            default=snapshot.default or fetched.default,
+            alive=fetched.alive,
+            owners=fetched.owners,
         )
 
 
@@ -326,7 +337,24 @@ def _target(endpoint: Endpoint) -> Target:
         tokens_per_second=serving.tokens_per_second,
         rtt_ms=0.0 if endpoint.local else endpoint.rtt_ms,
         term=serving.term,
+        workers=endpoint.workers,
     )
+
+
+def _workers(announced: Announcement, model: ModelName) -> tuple[NodeId, ...]:
+    """The workers of a split model that a node announces to lead."""
+    layout = announced.split.layout() if announced.split is not None and announced.split.model == model else None
+    return tuple(share.node for share in layout.workers) if layout is not None else ()
+
+
+def _owners(routes: Iterable[ModelRoute], members: Sequence[Member]) -> dict[NodeId, Ownership]:
+    """Whose the nodes are that would see a prompt."""
+    named = {node for route in routes for target in route.targets for node in (target.node, *target.workers)}
+    return {
+        member.announcement.node: member.announcement.ownership
+        for member in members
+        if member.announcement.ownership is not None and member.announcement.node in named
+    }
 
 
 def coarse_load(serving: Serving) -> float:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NewType, TypeAlias, TypeVar, Union, 
 import msgspec
 from msgspec.structs import replace
 
-from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId, OwnerId
 from mesh_llm.core.types.model import (
     LATER,
     MAX_SPLIT_NODES,
@@ -240,6 +240,22 @@ class LoadOffer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     hub: bool = False
 
 
+class Ownership(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An owner's statement that a node is theirs. Whoever takes one from elsewhere verifies it (`wire/mesh/owners.py`).
+
+    Attributes:
+        owner: who signs.
+        issued: UNIX seconds.
+        expires: UNIX seconds after which it does not count.
+        signature: the owner's.
+    """
+
+    owner: OwnerId
+    issued: Count
+    expires: Count
+    signature: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
+
+
 class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A node's statement about itself, ordered by (incarnation, sequence). The network edge signs it.
 
@@ -266,6 +282,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         clients: passive nodes that follow it.
         offer: what it offers to split models; None: not known yet, or an older version.
         loads: what it offers to models that are asked for; None: it loads none for other nodes.
+        ownership: whose node it is; None: nobody says so. The edge takes out what does not hold.
     """
 
     mesh: MeshId
@@ -290,6 +307,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     clients: Annotated[int, msgspec.Meta(ge=0, le=MAX_CLIENTS), LOAD] = 0
     offer: SplitOffer | None = None
     loads: LoadOffer | None = None
+    ownership: Ownership | None = None
 
 
 class SignedAnnouncement(msgspec.Struct, frozen=True, kw_only=True):

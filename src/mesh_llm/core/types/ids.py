@@ -8,6 +8,9 @@ NodeId = NewType("NodeId", str)
 MeshId = NewType("MeshId", str)
 """A mesh's Ed25519 public key, 64 lower-case hex digits."""
 
+OwnerId = NewType("OwnerId", str)
+"""An owner's Ed25519 public key, 64 lower-case hex digits: a person who has nodes."""
+
 ModelName = NewType("ModelName", str)
 """The name by which a model is served and asked for, as in a request's `model`."""
 

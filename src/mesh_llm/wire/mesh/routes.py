@@ -9,9 +9,10 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import ModelKind, ModelStatus
-from mesh_llm.wire.codec import copied, decode
+from mesh_llm.core.types.announcement import Ownership
+from mesh_llm.core.types.ids import ModelName, NodeId, OwnerId
+from mesh_llm.core.types.model import MAX_SPLIT_NODES, ModelKind, ModelStatus
+from mesh_llm.wire.codec import Signature, copied, decode
 
 MAX_MODELS = 4096
 MAX_TARGETS = 4096
@@ -54,6 +55,7 @@ class RouteTarget(msgspec.Struct, frozen=True, array_like=True):
     load: float
     tokens_per_second: float
     term: Count
+    workers: Annotated[tuple[NodeName, ...], msgspec.Meta(max_length=MAX_SPLIT_NODES)] = ()
 
 
 class RouteModel(msgspec.Struct, frozen=True, array_like=True):
@@ -72,12 +74,23 @@ class RouteModel(msgspec.Struct, frozen=True, array_like=True):
     kind: ModelKind = ModelKind.CHAT
 
 
+class RouteOwner(msgspec.Struct, frozen=True, array_like=True):
+    """Whose node it is, as its owner signed; a passive node verifies that itself."""
+
+    node: NodeName
+    owner: NodeName
+    issued: Count
+    expires: Count
+    signature: Signature
+
+
 class RouteTable(msgspec.Struct, frozen=True, array_like=True, tag="table"):
     """The whole table.
 
     Attributes:
         again: seconds to wait before the next request if the answering node granted no long poll.
         alive: as in core.routing.ranking.RoutingSnapshot, and the answering node.
+        owners: of the nodes in the table that have one.
     """
 
     epoch: Annotated[bytes, msgspec.Meta(max_length=EPOCH_BYTES)]
@@ -87,6 +100,7 @@ class RouteTable(msgspec.Struct, frozen=True, array_like=True, tag="table"):
     default: Name = ""
     again: Annotated[float, msgspec.Meta(ge=0, le=600)] = 0.0
     alive: Annotated[tuple[NodeName, ...], msgspec.Meta(max_length=MAX_TARGETS)] = ()
+    owners: Annotated[tuple[RouteOwner, ...], msgspec.Meta(max_length=MAX_TARGETS)] = ()
 
 
 class RoutesUnchanged(msgspec.Struct, frozen=True, array_like=True, tag="unchanged"):
@@ -101,8 +115,11 @@ decode_routes_request = partial(decode, msgspec.msgpack.Decoder(RoutesRequest))
 decode_routes_reply = partial(decode, msgspec.msgpack.Decoder(RouteTable | RoutesUnchanged))
 
 
-def table_of(snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ...]) -> RouteTable:
-    """The table for other nodes: this node's own engines become remote targets on it."""
+def table_of(
+    snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ...], ownership: Ownership | None = None
+) -> RouteTable:
+    """The table for other nodes: this node's own engines become remote targets on it. `ownership`: of this node."""
+    owners = {**snapshot.owners, **({snapshot.node: ownership} if ownership is not None else {})}
     return RouteTable(
         epoch=epoch,
         version=snapshot.version,
@@ -119,6 +136,7 @@ def table_of(snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ..
         hosts=hosts,
         default=snapshot.default or "",
         alive=(snapshot.node, *sorted(snapshot.alive)[: MAX_TARGETS - 1]),
+        owners=tuple(copied(RouteOwner, owners[node], node=node) for node in sorted(owners)[:MAX_TARGETS]),
     )
 
 
@@ -132,6 +150,7 @@ def snapshot_of(table: RouteTable, node: NodeId, version: int) -> RoutingSnapsho
         models={ModelName(model.name): _route_of(model) for model in table.models},
         # Earlier versions do not send `alive`: then the nodes that they route to are alive.
         alive=frozenset(NodeId(node) for node in (*table.alive, *targets)),
+        owners={NodeId(one.node): copied(Ownership, one, owner=OwnerId(one.owner)) for one in table.owners},
     )
 
 
@@ -146,6 +165,7 @@ def _route_of(model: RouteModel) -> ModelRoute:
             load=target.load,
             tokens_per_second=target.tokens_per_second,
             term=target.term,
+            workers=tuple(map(NodeId, target.workers)),
         )
         for target in model.targets
     )

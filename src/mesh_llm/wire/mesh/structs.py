@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 import msgspec
 
 from mesh_llm.core.types.announcement import Count, Model, Rate, Text
-from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
+from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId, OwnerId
 from mesh_llm.core.types.model import LATER
 from mesh_llm.wire.codec import Key
 
@@ -36,6 +36,7 @@ _ID = Codec(Key, bytes.fromhex, bytes.hex)
 _PLAIN: dict[Any, Codec] = {
     NodeId: _ID,
     MeshId: _ID,
+    OwnerId: _ID,
     ModelName: Codec(Model),
     Incarnation: Codec(Count),
     int: Codec(Count),
