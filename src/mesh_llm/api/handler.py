@@ -18,6 +18,7 @@ import structlog
 from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.auth import Auth
 from mesh_llm.api.builtin_endpoints import BuiltinEndpoints, is_builtin
+from mesh_llm.api.circle import circle_of, in_circle, outside
 from mesh_llm.api.crashes import END_PATH, CrashGuard
 from mesh_llm.api.dialects.corrected import Corrected
 from mesh_llm.api.dialects.ollama.endpoints import OllamaEndpoints
@@ -44,6 +45,7 @@ from mesh_llm.api.proxy import Proxy
 from mesh_llm.api.receipts import PART_PATH, Receipts
 from mesh_llm.api.request import (
     ASKED_HEADER,
+    CIRCLE_HEADER,
     MODEL_HEADER,
     BodyReader,
     ModelRequest,
@@ -107,6 +109,7 @@ class Handler:
         receipts: Receipts,
         clock: Callable[[], float],
     ) -> None:
+        self._config = config
         self._comment_seconds = config.keep_alive_event_seconds
         self._default = config.default_model
         self._aliases = NO_ALIASES
@@ -265,6 +268,7 @@ class Handler:
         if not (self.accepting and self._routes.current.accepting):
             raise node_stopping()
         request.owner = self._auth.owner(request)
+        request.circle = circle_of(request, self._config, self._usage.limit(request.key), CIRCLE_HEADER)
         with self._usage.admit(request.key), self.concurrency.hold(request.owner):
             body = await self._bodies.read(request)
             try:
@@ -327,7 +331,8 @@ class Handler:
                 if request.peer is not None and gone.certain:
                     raise model_moved(route.name) from gone
                 failed += not gone.certain
-                if request.peer is not None or self._clock() >= until or failed >= self._attempts:
+                late = self._clock() >= until or failed >= self._attempts
+                if request.peer is not None or request.circle is not None or late:
                     raise
                 route = await self._loads.again(route, gone, until, kept)
 
@@ -359,6 +364,8 @@ class Handler:
         """
         if request.peer is not None and (named := request.header(MODEL_HEADER)) is not None:
             route = self._local_route(unquote(named.decode("ascii", "replace")))
+            if not has_warm_target(in_circle(request, route, self._routes.current)):
+                raise outside(request, route, self._routes.current)
             _check_kind(request.path, route)
             return route, ""
         default, aliases = (self._default, self._aliases) if request.peer is None else ("", NO_ALIASES)
@@ -379,16 +386,33 @@ class Handler:
         if request.trace is not None:
             request.trace.model = route.name
         _check_kind(request.path, route)
+        return await self._ready(request, route, until, kept), unknown
+
+    async def _ready(
+        self, request: Request, route: ModelRoute, until: float, kept: KeptAliveReply | None
+    ) -> ModelRoute:
+        """The route once the request can be answered. A model that is not loaded is waited for.
+
+        A request whose prompt may not go everywhere is only waited for here: nobody else is asked to load for it.
+
+        Raises MeshError where the model cannot answer now.
+        """
+        if request.circle is not None and has_warm_target(route):
+            if not has_warm_target(in_circle(request, route, self._routes.current)):
+                raise outside(request, route, self._routes.current)
+            return route
         if not has_warm_target(route):
             loadable = route.status is not ModelStatus.FAILED and not (
                 route.status is ModelStatus.COLD and route.reason
             )
             if self._loads.seconds and loadable and request.peer is None:
-                return await self._loads.wait(route.name, until, kept), unknown
+                return await self._loads.wait(route.name, until, kept, here=request.circle is not None)
             route = await until_warm(self._routes, route, self._queue_wait)
         if not has_warm_target(route):
             raise not_ready(route)
-        return route, unknown
+        if not has_warm_target(in_circle(request, route, self._routes.current)):
+            raise outside(request, route, self._routes.current)
+        return route
 
     async def _know_models(self) -> None:
         """Return once this node knows its own models and what its mesh has, or after the longest wait."""

@@ -83,15 +83,17 @@ class LoadWaits:
         self.waiting = 0
         """Requests that wait now."""
 
-    async def wait(self, model: ModelName, until: float, reply: "KeptAliveReply | None" = None) -> ModelRoute:
+    async def wait(
+        self, model: ModelName, until: float, reply: "KeptAliveReply | None" = None, *, here: bool = False
+    ) -> ModelRoute:
         """Wait for a warm target of a model until the clock shows `until`; returns its route then.
 
-        `reply` is kept alive meanwhile.
+        `reply` is kept alive meanwhile. `here`: only this node may load it.
 
         Raises:
             MeshError: 503: it cannot be loaded, or was not in time; with the time after which to try again.
         """
-        return await self._wait(model, LoadAsker(), until, reply)
+        return await self._wait(model, LoadAsker(anywhere=not here), until, reply)
 
     async def again(
         self, route: ModelRoute, gone: ModelGoneError, until: float, reply: "KeptAliveReply | None" = None

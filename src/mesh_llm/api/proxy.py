@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from mesh_llm.api.accounting import Attempt, RequestAccounting
+from mesh_llm.api.circle import in_circle
 from mesh_llm.api.crashes import ENGINE_DIED, ENGINE_STUCK, CrashGuard, engine_died
 from mesh_llm.api.errors import (
     ERROR_HEADER,
@@ -101,6 +102,9 @@ class _Plan:
     def holder_for(self, node: NodeId) -> NodeId | None:
         """The node that has seen more of the prompt than this one does; None: there is none."""
         asked = header(self.job.request.headers, PROMPT_AT_HEADER) if self.job.request.peer is not None else None
+        if self.job.request.circle is not None:
+            # Whoever is asked for a prompt's cache learns that it was asked.
+            return None
         if asked is not None:
             return NodeId(asked.decode()) if _NODE_ID.fullmatch(asked) else None
         known = self.warmth.get(node)
@@ -145,6 +149,7 @@ class Proxy:
             MeshError: no target answered; nothing has been sent. ModelGoneError where that may change by itself.
         """
         request, model = job.request, job.model
+        route = in_circle(request, route, self._routes.current)
         targets, prefixes, warmth = self._rank_first(job, route)
         if request.trace is not None:
             request.trace.prompt_estimate = _estimated_tokens(job.body)
@@ -265,7 +270,9 @@ class Proxy:
         """Bring back what is saved of the prompt, which an engine here is to read; say when its answer has ended."""
         job, caches = plan.job, self._upstream.caches
         path = job.request.path
-        prefixes = (plan.prefixes or prompt_prefixes(job.body)) if path in RESUMABLE else []
+        # The cache of a prompt that may not go everywhere is not given to others: nobody can find it by its beginning.
+        moves = path in RESUMABLE and job.request.circle is None
+        prefixes = (plan.prefixes or prompt_prefixes(job.body)) if moves else []
         holder = plan.holder_for(target.node) if prefixes else None
         elsewhere = None
         if holder is not None and holder != target.node:

@@ -16,6 +16,7 @@ from mesh_llm.api.recording import Recording
 from mesh_llm.api.telemetry import RequestTrace
 from mesh_llm.api.types import MIB, ApiConfig
 from mesh_llm.api.validation import Fields
+from mesh_llm.core.trust.circle import Circle
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.wire.http.http1 import Headers
@@ -26,6 +27,8 @@ ASKED_HEADER = b"x-mesh-llm-asked-model"
 """On an answer of the default model: the unknown name that the request has."""
 PROMPT_AT_HEADER = b"x-mesh-llm-prompt-at"
 """On a request to another node: the node that got more of this prompt before."""
+CIRCLE_HEADER = b"x-mesh-llm-circle"
+"""On a request to another node: the owners whose nodes may see the prompt, or `-` for none but the two nodes."""
 RESUME_HEADER = b"x-mesh-llm-resume"
 """On a request: `off` where an interrupted answer must not be resumed on another node."""
 
@@ -58,6 +61,7 @@ class Request:
         client: address and port of a client's end of its connection; None where that is not known.
         for_ollama: it came by the port for clients of Ollama.
         asked_path: the path that the client asked, where `path` is what a dialect made of it; else empty.
+        circle: the owners whose nodes may see its prompt; None: any.
         recording: for its receipt, if it gets one.
         summed: of a stream from the engine a dialect makes an answer in one piece: nothing may come before it.
     """
@@ -74,6 +78,7 @@ class Request:
     trusted: bool = False
     owner: str = ""
     trace: RequestTrace | None = None
+    circle: Circle = None
     recording: Recording | None = None
     id: str = ""
     client: tuple[str, int] | None = None
@@ -96,6 +101,8 @@ class Request:
     def forwarded_headers(self, model: ModelName) -> Headers:
         """What a target gets: headers on the body and the API's version. Keys, cookies and origins stay here."""
         kept = [(name, value) for name, value in self.headers if name in _FORWARDED]
+        if self.circle is not None:
+            kept.append((CIRCLE_HEADER, ",".join(sorted(self.circle)).encode() or b"-"))
         return (*kept, (MODEL_HEADER, model_header(model)))
 
 

@@ -12,6 +12,7 @@ from hashlib import blake2b
 
 import msgspec
 
+from mesh_llm.api.circle import may_see
 from mesh_llm.api.errors import ContextExceededError
 from mesh_llm.api.request import ModelRequest
 from mesh_llm.api.types import ApiConfig
@@ -170,7 +171,8 @@ _BUSY_PAUSE = 1.0
 class TargetSelector:
     """Selects the targets for one request: the ranked ones first; once those failed, others as they appear.
 
-    The caller reports each failure. A launch that was lost is not selected again before the routes have changed.
+    Each target is one to which the prompt may go. The caller reports each failure. A launch that was lost is not
+    selected again before the routes have changed.
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class TargetSelector:
         self._config = config
         self._routes = routes
         self._clock = clock
+        self._request = job.request
         self._model = job.model
         self._deadline = job.deadline
         self._rank = rank
@@ -293,7 +296,8 @@ class TargetSelector:
             self._first_lost = self._lost_at
 
     def _fits(self, target: Target) -> bool:
-        return target.context >= self._min_context
+        """Whether the target's context is large enough, and the prompt may go there as far as is known now."""
+        return target.context >= self._min_context and may_see(self._request, target, self._routes.current)
 
     def _usable(self, target: Target, version: int, now: float) -> bool:
         key = (target.node, target.term)

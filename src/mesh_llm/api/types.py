@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from mesh_llm.core.trust.circle import Owners, Privacy
 from mesh_llm.core.types.model import ModelKind
 
 MIB = 1024 * 1024
@@ -28,10 +29,12 @@ class KeyLimit(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         tokens_per_day: of prompts and answers together, from midnight UTC.
         concurrent: requests at once.
+        privacy: how far their prompts may go; it can only be stricter than `--privacy`.
     """
 
     tokens_per_day: int = 0
     concurrent: int = 0
+    privacy: Privacy = Privacy.ANY
 
 
 class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +76,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         resume_bytes: longest answer that is kept so that it can be resumed.
         resume_budget_bytes: memory for all answers that are kept, beyond the first 64 KiB of each.
         whole_bytes: longest answer without streaming that is held until it is whole, so that a loss can be hidden.
+        privacy: how far prompts may go (`--privacy`).
+        owners: whose this node is, and whom its user trusts.
         receipts: each answer gets a receipt (`--receipts`); else those whose request asks for one.
         idle_connections: idle keep-alive connections per local engine.
         idle_seconds: how long such a connection is kept; llama-server itself closes after 5 s.
@@ -110,6 +115,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     resume_bytes: int = 8 * MIB
     resume_budget_bytes: int = 64 * MIB
     whole_bytes: int = 256 * 1024
+    privacy: Privacy = Privacy.ANY
+    owners: Owners = Owners()
     receipts: bool = False
     idle_connections: int = 16
     idle_seconds: float = 3.0

@@ -122,9 +122,14 @@ class UsageBook:
         """Keep to these limits from now on."""
         self._limits = limits
 
+    def limit(self, name: str) -> KeyLimit | None:
+        """The limits of the keys of this name, if they have any."""
+        return self._limits.get(name)
+
     def limited(self, name: str) -> bool:
         """Whether the keys of this name have a limit."""
-        return name in self._limits
+        limit = self._limits.get(name)
+        return limit is not None and bool(limit.tokens_per_day or limit.concurrent)
 
     @contextmanager
     def admit(self, name: str) -> Generator[None]:

@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "approve": ("mesh_llm.cli.invite", "approve", "Approve or deny machines that ask to join on this network."),
     "discover": ("mesh_llm.cli.discover", "discover", "Find meshes to join."),
     "rotate-key": ("mesh_llm.cli.discover", "rotate_key", "Replace the Nostr key of this node's listings."),
+    "owner": ("mesh_llm.cli.owner", "owner", "Say which nodes are yours, to keep prompts to them."),
     "receipt": ("mesh_llm.cli.receipt", "receipt", "Show and verify receipts: who saw a prompt, and what answered."),
     "cache": ("mesh_llm.cli.cache", "cache", "Show or delete the saved prompt caches."),
     "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),

@@ -266,6 +266,12 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "gpt-4o.  [default: unknown names are refused]"),
         _option("--no-store", is_flag=True,
                 help="Keep no answers to Responses; previous_response_id is refused."),
+        _option("--privacy", type=click.Choice(["own", "group", "any"]), default="any", show_default=True,
+                help="Which nodes may see prompts of this node's clients: own: this node and those of its owner "
+                "(mesh-llm owner); group: also those of the owners that --group names; any: all of the mesh. A request "
+                "may only be stricter, by the header x-mesh-llm-privacy."),
+        _option("--group", "group", multiple=True, metavar="KEY",
+                help="Owner key of somebody whose nodes may see prompts with --privacy group. Repeatable."),
         _option("--receipts", is_flag=True,
                 help="Make a signed receipt for each answer: which nodes saw the prompt, and which model answered. "
                 "Without it, only for requests with the header x-mesh-llm-receipt: on."),
@@ -279,7 +285,8 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 help="File with API keys, one per line. Repeatable."),
         _option("--key-limit", "key_limits", multiple=True, metavar="NAME:LIMITS",
                 help="Limits of the API keys of that name: tokens_per_day=N (prompts and answers, from midnight UTC), "
-                "concurrent=N (requests at once), or both with a comma. Repeatable."),
+                "concurrent=N (requests at once), privacy=own or group (as --privacy), or several with commas. "
+                "Repeatable."),
         _option("--console", "console_port", type=_PORT, default=_CONSOLE_PORT, show_default=True, metavar="[PORT]",
                 is_flag=False, flag_value=str(_CONSOLE_PORT),
                 help="Port of the console; 0 for any. Without PORT: the default one."),

@@ -14,8 +14,10 @@ from mesh_llm.api.types import KeyLimit, split_key
 from mesh_llm.cli.options import MERGE_HELD
 from mesh_llm.core.config import MINUTES_A_DAY, OnDemandPolicy, SplitOptions, YieldPolicy
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
+from mesh_llm.core.trust.circle import MAX_OWNERS, Privacy
 from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, ListingPolicy
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import OwnerId
 from mesh_llm.core.types.model import MAX_SPLIT_NODES, LaunchOptions
 from mesh_llm.core.types.model_settings import AUTO, EngineOptions, takes_draft
 from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
@@ -40,7 +42,8 @@ _SPAN = re.compile(r"^(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})$")
 _PERCENT = re.compile(r"^(\d{1,3}(?:\.\d+)?)\s*%$")
 _SIZE = re.compile(r"^(\d{1,6}(?:\.\d+)?)\s*(MB|GB|TB)?$", re.IGNORECASE)
 _UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12}
-_LIMIT = re.compile(r"(tokens_per_day|concurrent)\s*=\s*([1-9]\d{0,14})")
+_LIMIT = re.compile(r"(tokens_per_day|concurrent|privacy)\s*=\s*([1-9]\d{0,14}|own|group|any)")
+_OWNER = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"[A-Za-z0-9._~/-]*")
 _MESH_KEY = re.compile(rf"[0-9a-f]{{{MESH_KEY_DIGITS},64}}")
 _WHEN = (
@@ -123,6 +126,8 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         default_model=options["default_model"].strip(),
         store=not options["no_store"],
         receipts=options["receipts"],
+        privacy=Privacy(options["privacy"]),
+        group=read_group(options["group"]),
         drain=options["drain"],
         queue_wait=options["queue_wait"],
         resume_wait=options["resume_wait"],
@@ -311,9 +316,24 @@ def read_key_limits(values: Iterable[str], keys: Iterable[str]) -> dict[str, Key
                 f"--key-limit names the key {name[:40]!r}, which is not there.",
                 f"There are: {known}. Name a key with --api-key-file FILE, and a line {name[:40] or 'NAME'}:KEY in it.",
             )
-        given = {word: int(number) for word, number in found}
+        if any(number.isdigit() == (word == "privacy") for word, number in found):
+            hint = "Write it as --key-limit laptop:privacy=own,concurrent=4."
+            raise _refused(f"--key-limit {value[:80]} is not understood.", hint)
+        given = {word: Privacy(number) if word == "privacy" else int(number) for word, number in found}
         limits[name] = msgspec.structs.replace(limits.get(name, KeyLimit()), **given)
     return limits
+
+
+def read_group(values: Iterable[str]) -> tuple[OwnerId, ...]:
+    """Parse `--group`. Raises MeshError `options`."""
+    keys = tuple(dict.fromkeys(value.strip().lower() for value in values))
+    for key in keys:
+        if not _OWNER.fullmatch(key):
+            hint = "It has 64 hex digits; its owner sees it with: mesh-llm owner show"
+            raise _refused(f"--group {key[:80]} is no owner key.", hint)
+    if len(keys) >= MAX_OWNERS:
+        raise _refused(f"--group names {len(keys)} owners.", f"Name {MAX_OWNERS - 1} at most.")
+    return tuple(map(OwnerId, keys))
 
 
 def read_invites(values: Iterable[str], files: Iterable[Path], environment: str | None) -> tuple[str, ...]:

@@ -195,6 +195,7 @@ def node_config(settings: Settings, net: MeshNet, machine: Machine, now: float) 
         can_fetch=settings.fetch and machine.source is not None,
         shares=settings.seed and machine.source is not None,
         on_demand=on_demand_policy(settings),
+        ownership=net.ownership,
     )
 
 

@@ -21,6 +21,7 @@ from mesh_llm.console.calls import Capabilities
 from mesh_llm.console.schema import StatusPromptCaches
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.aliases import Aliases
+from mesh_llm.core.trust.circle import Owners
 from mesh_llm.core.types.announcement import Member, Standing
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
@@ -49,6 +50,7 @@ from mesh_llm.daemon.mesh_discovery import MeshChoice, MeshMigration, discover_m
 from mesh_llm.daemon.model_registry import probe_machine, register_fetched, watch_library
 from mesh_llm.daemon.ollama import ClientsModels, DescribedModels
 from mesh_llm.daemon.owner import watch_owner
+from mesh_llm.daemon.ownership import owner_here, ownership_of
 from mesh_llm.daemon.prompt_cache import SlotCaches, caches_status
 from mesh_llm.daemon.published_state import (
     InviteShown,
@@ -308,7 +310,7 @@ class Daemon:
         self._settings = self._life.settings
         if self._life.own is not None and not self._settings.join and kept is not None:
             MeshStores(kept.mesh).choose(self._life.own)
-        return make_net(self._settings, key, kept, self._post)
+        return make_net(self._settings, key, kept, self._post, ownership_of(self._home, key.node_id))
 
     def _make_api(self, published: PublishedState) -> ApiServer:
         settings = self._settings
@@ -327,6 +329,8 @@ class Daemon:
             resume_wait=settings.resume_wait,
             load_wait=settings.load_wait,
             receipts=settings.receipts,
+            privacy=settings.privacy,
+            owners=Owners(own=owner_here(self._home), group=settings.group),
         )
         api = ApiServer(config, published, self._traffic, self._clock)
         api.use_names(settings.default_model, Aliases(settings.aliases))

@@ -1,7 +1,7 @@
 """This node's connection to its mesh: how it is made from the settings, and how it joins."""
 
 from mesh_llm import __version__
-from mesh_llm.core.types.announcement import Announcement
+from mesh_llm.core.types.announcement import Announcement, Ownership
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.daemon.published_state import NoticeLog, ProgressListener, Stage
@@ -34,8 +34,13 @@ class Codec:
         return encode_announcement(announcement)
 
 
-def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: OnEvent) -> MeshNet:
-    """The connection to the mesh. `kept`: the home with its key and certificates; None: nothing is kept."""
+def make_net(
+    settings: Settings, key: SigningKey, kept: Home | None, on_event: OnEvent, ownership: Ownership | None = None
+) -> MeshNet:
+    """The connection to the mesh.
+
+    `kept`: the home with its key and certificates; None: nothing is kept. `ownership`: whose node this is.
+    """
     config = MeshNetConfig(
         home=kept,
         tokens=settings.join,
@@ -46,6 +51,7 @@ def make_net(settings: Settings, key: SigningKey, kept: Home | None, on_event: O
         approvals=settings.lan and not settings.client,
         invite_scope=Scope.parse(settings.invite_scope),
         tls=settings.tls,
+        ownership=ownership,
     )
     return MeshNet(config, key, Codec(), on_event)
 

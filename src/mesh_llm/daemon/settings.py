@@ -8,7 +8,9 @@ import msgspec
 
 from mesh_llm.api.types import KeyLimit
 from mesh_llm.core.config import OnDemandPolicy, SplitOptions, YieldPolicy
+from mesh_llm.core.trust.circle import Privacy
 from mesh_llm.core.types.announcement import ListingPolicy
+from mesh_llm.core.types.ids import OwnerId
 from mesh_llm.core.types.model import LaunchOptions
 from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.discovery.nostr import DEFAULT_RELAYS
@@ -118,6 +120,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         yes: fetch the default model, and install what the GPU needs, without asking (`--yes`).
         default_model: answers requests that name no model, or one that no node of the mesh knows (`--default-model`).
         store: keep answers to Responses, so that clients can come back to them (not with `--no-store`).
+        privacy: how far prompts of this node's clients may go (`--privacy`).
+        group: owners whose nodes may see them with `group` (`--group`).
         receipts: make a signed receipt for each answer (`--receipts`); else where a request asks for one.
         drain: seconds that answers under way may take when the node is told to end (`--drain`).
         queue_wait: seconds that a request may wait for its model, and then for a place there (`--queue-wait`).
@@ -172,6 +176,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     yes: bool = False
     default_model: str = ""
     store: bool = True
+    privacy: Privacy = Privacy.ANY
+    group: tuple[OwnerId, ...] = ()
     receipts: bool = False
     drain: float = 30.0
     queue_wait: float = 60.0

@@ -99,6 +99,16 @@ class Home:
         return self.root / "key"
 
     @property
+    def owner_key(self) -> Path:
+        """The secret of the person whose nodes these are, as hex, 0600; on one of the person's machines."""
+        return self.shared / "owner-key"
+
+    @property
+    def ownership(self) -> Path:
+        """An owner's statement that the node of this home is theirs."""
+        return self.shared / "ownership"
+
+    @property
     def mesh(self) -> Path:
         """Data of the mesh: key or certificate, last-known peers, invites, revocations."""
         return self.root / "mesh"
