@@ -12,6 +12,7 @@ from tests.support.answering_engine import AnsweringEngine
 from tests.support.api_harness import ELSEWHERE, HERE, THERE, Api, local, peer_streams, remote, route, running_api
 from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
+from mesh_llm.api.resume import resume
 from mesh_llm.api.types import ApiConfig, KeyLimit
 from mesh_llm.core.trust.circle import Owners, Privacy
 from mesh_llm.core.types.announcement import Ownership
@@ -112,6 +113,23 @@ async def test_an_answer_is_not_resumed_outside() -> None:
         content = (await api.post(STREAMED, CHAT)).content
         assert b"target_lost" in content
         assert [call.target for call in one.calls] == [CHAT]
+        assert not two.calls
+
+
+async def test_an_answer_that_lost_its_host_has_its_model_loaded_here_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "_COMMENT_SECONDS", 0.05)
+    engine = AnsweringEngine("first")
+
+    async def mortal(call: Call) -> None:
+        await call.begin_stream()
+        for event in engine.stream(call.target, json.loads(call.body))[:7]:
+            await call.send(b"%x\r\n%b\r\n" % (len(event), event))
+        call.die()
+
+    config: dict[str, Any] = {"privacy": Privacy.OWN, "resume_wait": 0.3, "load_wait": 30.0}
+    async with two_hosts({THERE: MINE, ELSEWHERE: STRANGER}, mortal, **config) as (api, _, two):
+        await api.post(STREAMED, CHAT)
+        assert {asker.anywhere for _, asker, _ in api.traffic.awaited} == {False}
         assert not two.calls
 
 

@@ -177,8 +177,10 @@ class StreamResumer:
                 await job.reply.write(b": mesh-llm: the node that was answering was lost; waiting for another\n\n")
                 if not awaited:
                     awaited = True
-                    self._accounting.traffic.awaiting(job.model, LoadAsker(), 1)
-                    waiting.callback(self._accounting.traffic.awaiting, job.model, LoadAsker(), -1)
+                    # Nobody else is asked to load it for a prompt that may not go everywhere.
+                    asker = LoadAsker(anywhere=job.request.circle is None)
+                    self._accounting.traffic.awaiting(job.model, asker, 1)
+                    waiting.callback(self._accounting.traffic.awaiting, job.model, asker, -1)
 
     async def _attempt(self, target: Target, job: ModelRequest, state: ResumeState) -> CannotResume | None:
         """Let one target complete the answer; None once it has.
