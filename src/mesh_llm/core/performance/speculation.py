@@ -46,6 +46,7 @@ _SMOOTHING = 0.1
 _OUTLIER = 2.0
 """A value counts as at most so many times the mean: something else may have stopped the machine."""
 _MOST_ANSWERS = 32
+_MOST_WIDTHS = 1024
 _FORGET = 0.998
 """Of the sums that the gain is computed from, for each token."""
 _MUCH = 64
@@ -107,6 +108,7 @@ class GuessBudget:
         self._reading = _Mean()
         self._to_read = 0
         self._waits = False
+        self._widths: set[tuple[int, int]] = set()
 
     def began(self, answers: int) -> None:
         """An answer begins; `answers` run with it. What others gained is not for it to lose, if it is alone."""
@@ -141,10 +143,13 @@ class GuessBudget:
         # What a draft reads serves all guesses that follow: it takes what is there, and does not overdraw the account.
         reading = self._read(spent - 1.0)
         guess = self._guess.setdefault(key, _Mean())
-        checking = spent - reading
         usual = guess.value if guess.count >= _LEARN else max(guess.value, _GUESS)
-        checking = min(checking, _OUTLIER * (1.0 + usual * one.guessed))
-        guess.add(max(0.0, checking - 1.0) / one.guessed)
+        checking = min(spent - reading, _OUTLIER * (1.0 + usual * one.guessed))
+        if self._is_new(one.answers, one.guessed):
+            # The engine built a graph, and in a split every worker got and checked it: once for each width.
+            checking = min(checking, 1.0 + usual * one.guessed)
+        else:
+            guess.add(max(0.0, checking - 1.0) / one.guessed)
         self._pay_in(worth / (1.0 + LEAST_GAIN) - checking)
         self._credit -= min(reading, max(0.0, self._credit))
         self._token_gain += _SMOOTHING * ((worth - checking) / one.tokens - self._token_gain)
@@ -163,7 +168,7 @@ class GuessBudget:
         if plain is None or plain.count < _LEARN or self._in_a_row >= _FRESH:
             return 0
         guess = self._guess.get(key)
-        each = max(answers, 1) * (_GUESS if guess is None else guess.value)
+        each = max(answers, 1) * (_GUESS if guess is None or not guess.count else guess.value)
         credit = max(0.0, self._credit)
         borne = self._most if each * self._most <= credit else int(credit / each)
         reading = self._reading.value * unread if unread >= _MUCH else 0.0
@@ -171,7 +176,9 @@ class GuessBudget:
         if self._waits:
             return 0
         self._to_read = unread if unread >= _MUCH else 0
-        return min(self._width, borne)
+        width = min(self._width, borne)
+        # Each width has a graph of its own: few widths are soon known to all that compute them.
+        return width if width == self._most else 1 << width.bit_length() - 1
 
     @property
     def guesses(self) -> Guesses:
@@ -184,6 +191,13 @@ class GuessBudget:
             waits=self._waits,
             pass_ms=0.0 if plain is None else round(plain.value * 1e3, 3),
         )
+
+    def _is_new(self, answers: int, guessed: int) -> bool:
+        """Whether a batch of so many tokens is the first of its size."""
+        if (answers, guessed) in self._widths or len(self._widths) >= _MOST_WIDTHS:
+            return False
+        self._widths.add((answers, guessed))
+        return True
 
     def _pay_in(self, passes: float) -> None:
         self._credit = max(_LEAST_CREDIT, min(MOST_CREDIT, self._credit + passes))
