@@ -243,3 +243,51 @@ async def test_what_is_too_big_waits_for_others_and_comes_back_with_them(
     await worker.restart(ready=False)
     await until(host, split_over(1), "split again", 120.0)
     assert content(await chat(host, "red", tokens=8)) == said
+
+
+def engines_of(node: NodeProcess) -> list[psutil.Process]:
+    """The engines that a node runs, oldest first."""
+    family = psutil.Process(node.process.pid).children(recursive=True)
+    found = [child for child in family if any("server_main" in word for word in child.cmdline())]
+    return sorted(found, key=lambda child: child.create_time())
+
+
+async def test_several_engines_over_one_split_model(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=1)
+    model = named(random_model("small"), "red", tmp_path / "m")
+    sizes = ("--parallel", "4", "--ctx-size", "1024", "--no-draft", "--groups", "2")
+    first = await start_node("a", models=[model], arguments=(*sizes, "--split"), lab=lab, host=0)
+    texts = [f"{n} is the number" for n in range(4)]
+    solo = [content(await chat(first, "red", tokens=12, text=one)) for one in texts]
+    token = await split_invite(first)
+    second = await start_node("b", join=[token], arguments=sizes, lab=lab, host=1, models_dir=model.parent)
+    await until(first, split_over(1), "split over one worker", 60.0)
+    nodes = {(await node.status())["node_id"]: node for node in (first, second)}
+    host = nodes[await host_of(first)]
+    pair = engines_of(host)
+    assert len(pair) == 2
+    term = (await host.status())["split"]["term"]
+
+    async def ask_all() -> list[str]:
+        answers = await asyncio.gather(*(chat(host, "red", tokens=12, text=one) for one in texts))
+        return [content(answer) for answer in answers]
+
+    assert await ask_all() == solo
+    # One ends within its answers: those come from the other, which has the weights all the same.
+    asking = asyncio.gather(*(chat(host, "red", tokens=200, text=one) for one in texts))
+    await asyncio.to_thread(wait_for_work, pair[0])
+    pair[0].kill()
+    assert [content(answer)[: len(said)] for answer, said in zip(await asking, solo, strict=True)] == solo
+    assert pair[1].is_running()
+    assert await ask_all() == solo
+    # For the group it is nothing that happened.
+    assert (await host.status())["split"]["term"] == term
+
+
+def wait_for_work(engine: psutil.Process) -> None:
+    """Wait until an engine computes."""
+    before = sum(engine.cpu_times()[:2])
+    while sum(engine.cpu_times()[:2]) < before + 0.1:
+        engine.cpu_percent(0.02)

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from mesh_llm.api.server import ApiServer
 from mesh_llm.api.types import ApiConfig
+from mesh_llm.api.upstream import Place
 from mesh_llm.core.routing.ranking import Awaited, ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
@@ -168,6 +169,9 @@ class FakeEngines:
 
     def key_of(self, address: str) -> str:
         return self.key
+
+    def place(self, address: str, body: bytes) -> Place:
+        return Place(address, lambda: None)
 
 
 @dataclass

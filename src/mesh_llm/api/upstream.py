@@ -6,7 +6,7 @@ Its watchdog distinguishes slow targets from dead ones.
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mesh_llm.api.engine_stream import ConnectionPool, EngineStream, connect_engine
 from mesh_llm.api.errors import ERROR_HEADER
@@ -202,6 +202,8 @@ class UpstreamResponse:
         self._closed = False
         self.tap: Callable[[bytes], None] | None = None
         """Gets each piece of the body that is read; set for an answer with a receipt."""
+        self.when_closed: Callable[[], None] | None = None
+        """Is called once, when nothing more is read."""
 
     @property
     def complete(self) -> bool:
@@ -241,6 +243,8 @@ class UpstreamResponse:
         if self._closed:
             return
         self._closed = True
+        if self.when_closed is not None:
+            self.when_closed()
         self._watchdog.forget(self._watched)
         if self._keep is not None and self._parser.keep_alive:
             self._keep()
@@ -269,6 +273,13 @@ def refusal(response: UpstreamResponse) -> MeshError | None:
     )
 
 
+class Place(NamedTuple):
+    """The engine that gets a request: its address, and what to call when the answer has ended."""
+
+    address: str
+    done: Callable[[], None]
+
+
 class LocalEngines(Protocol):
     """What the API asks about the engines of this node."""
 
@@ -280,6 +291,10 @@ class LocalEngines(Protocol):
         """The key that the engine at an address demands; empty for none."""
         ...
 
+    def place(self, address: str, body: bytes) -> Place:
+        """The engine that gets a request for the launch at an address: of several over one split model, the best."""
+        ...
+
 
 class _NoEngines:
     """Before the node has engines."""
@@ -289,6 +304,9 @@ class _NoEngines:
 
     def key_of(self, address: str) -> str:  # noqa: ARG002 - there is none
         return ""
+
+    def place(self, address: str, body: bytes) -> Place:  # noqa: ARG002 - there is none
+        return Place(address, _nothing)
 
 
 def _nothing() -> None:
@@ -408,8 +426,20 @@ class Upstream:
         self._pool.close()
 
     async def _send_local(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
+        """The engine may be one of several."""
+        place = self.engines.place(target.address, request.body)
+        try:
+            response = await self._send_to_engine(place.address, target, request, model)
+        except BaseException:
+            place.done()
+            raise
+        response.when_closed = place.done
+        return response
+
+    async def _send_to_engine(
+        self, address: str, target: Target, request: UpstreamRequest, model: ModelName | None
+    ) -> UpstreamResponse:
         """An idle connection that turns out to be closed is replaced by another."""
-        address = target.address
         sent = False
         headers, body = request.headers, request.body
         if key := self.engines.key_of(address):

@@ -55,9 +55,13 @@ class Seconds(Number):
 
 
 class _AutoNumber(click.ParamType[int | None]):
-    """A click type: a number from 0 on, or `auto`, which is None."""
+    """A click type: a number from `least` to `most`, or `auto`, which is None."""
 
     name = "number or auto"
+
+    def __init__(self, least: int = 0, most: int = 9999) -> None:
+        self._least = least
+        self._most = most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         """The number; None for `auto`."""
@@ -68,6 +72,8 @@ class _AutoNumber(click.ParamType[int | None]):
             return None
         if not re.fullmatch(r"\d{1,4}", text):
             self.fail(f"{value!r} is neither a number nor auto.", param, ctx)
+        if not self._least <= int(text) <= self._most:
+            self.fail(f"{value!r} is not from {self._least} to {self._most}.", param, ctx)
         return int(text)
 
 
@@ -219,6 +225,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--tensor-split", metavar="R,R", help="Parts of a split model: the host's, then each worker's."),
         _option("--max-rtt", type=_POSITIVE, default=80.0, show_default=True, metavar="MS",
                 help="Split only with nodes at most this round-trip time away."),
+        _option("--groups", type=_AutoNumber(least=1, most=4), default="auto", show_default=True, metavar="N|auto",
+                help="Engines over a split model that this node hosts. They share its weights and divide its slots, so "
+                "that a machine computes for one while another's tokens are elsewhere; auto: as many as pay."),
         _option("--lend-unconfined", is_flag=True,
                 help="Lend memory to split models even where the RPC server cannot be confined."),
     ),

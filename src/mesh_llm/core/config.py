@@ -244,11 +244,13 @@ class SplitOptions(msgspec.Struct, frozen=True, kw_only=True):
         asked: split the first model even where it fits one node (`--split`).
         shares: relative parts of the host and the workers after it (`--tensor-split`); empty: by memory.
         max_rtt_ms: longest round trip to a node that this one pairs with (`--max-rtt`).
+        groups: most engines over a split model that this node hosts (`--groups`); None: as many as pay.
     """
 
     asked: bool = False
     shares: tuple[float, ...] = ()
     max_rtt_ms: float = MAX_ROUND_TRIP_MS
+    groups: int | None = None
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):

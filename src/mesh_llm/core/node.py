@@ -260,6 +260,10 @@ class Node:
     def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
         if event.node == self.config.node:
             launch = self._models.launches.get(event.model)
+            split = launch.order.plan.split if launch is not None else None
+            if split is not None and split.groups > 1:
+                # Another engine may take the request: the daemon says when one of them has ended.
+                return []
             life = LaunchId(self.config.incarnation, event.term or (launch.term if launch else 0))
             self._routes.block(event.node, event.model, life, now)
             return []

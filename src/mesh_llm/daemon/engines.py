@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import structlog
 
+from mesh_llm.api.upstream import Place
 from mesh_llm.core.placement.fit import batch_tokens, cache_bytes
 from mesh_llm.core.types.effects import Notice, NoticeLevel, StartEngine, StopEngine
 from mesh_llm.core.types.errors import MeshError
@@ -15,6 +17,7 @@ from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import ModelFacts, ModelKind
 from mesh_llm.core.types.model_settings import DRAFT_KINDS
 from mesh_llm.core.types.ports import EngineEnd
+from mesh_llm.daemon.engine_groups import EngineGroup, GroupEngine, Joined
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.prompt_cache import SlotCaches
 from mesh_llm.daemon.speculation import EngineGuessing
@@ -45,7 +48,8 @@ class _Launch:
     """One term of one model.
 
     `launched` is set when `engine` is known, or when there will be none. `asked` is set when it is to stop. `broken`
-    says why the tunnels of a split model ended. `ended` is set when the launch is over.
+    says why the tunnels of a split model ended. `ended` is set when the launch is over. `group`: of a split model with
+    several engines, which are `members`; `engine` is the first one then.
     """
 
     term: Term
@@ -56,6 +60,13 @@ class _Launch:
     broken: str = ""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     stop: asyncio.Task[object] | None = None
+    group: EngineGroup | None = None
+    members: set[RunningEngine] = field(default_factory=set[RunningEngine])
+
+    @property
+    def engines(self) -> set[RunningEngine]:
+        """All of its engines."""
+        return self.members | ({self.engine} if self.engine is not None else set())
 
 
 class Engines:
@@ -88,6 +99,7 @@ class Engines:
         self._launches: dict[ModelName, _Launch] = {}
         self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
         self._keys: dict[str, str] = {}
+        self._groups: dict[str, EngineGroup] = {}
         self._scope = TaskScope("launches")
 
     def start(self, effect: StartEngine) -> None:
@@ -120,6 +132,11 @@ class Engines:
         """The API key of the engine at an address. It stays out of the core, whose events are journalled."""
         return self._keys.get(address, "")
 
+    def place(self, address: str, body: bytes) -> Place:
+        """The engine that gets a request for the launch at an address."""
+        group = self._groups.get(address)
+        return Place(address, _nothing) if group is None or not group.engines else group.place(body)
+
     async def close(self) -> None:
         """Stop watching. The supervisor ends the child processes."""
         await self._scope.close()
@@ -140,9 +157,10 @@ class Engines:
             ended = _failed("this node failed to start it. This is a fault in mesh-llm: see mesh-llm logs")
         finally:
             launch.launched.set()
-        if launch.engine is not None and launch.engine.running:
-            launch.engine.kill()
-            await launch.engine.wait()
+        for engine in launch.engines:
+            if engine.running:
+                engine.kill()
+                await engine.wait()
         if self._launches.get(model) is launch:
             del self._launches[model]
         self._ends[model] = (term, EngineEnd.EXPLAINED if launch.stopping or launch.broken else ended.end)
@@ -174,6 +192,13 @@ class Engines:
         session = await self._opened(self._splits, effect, spec, launch)
         if session is None:
             return Exit(code=0, reason="stopped", never_ready=True, asked=True)
+        if session.pool and session.host.pools:
+            return await self._run_group(_GroupLaunch(source, effect, launch, spec, self._splits), session)
+        if effect.plan.split.groups > 1:
+            # A worker of another version cannot share weights: all slots are in one engine.
+            one = msgspec.structs.replace(effect.plan.split, groups=1)
+            plan = msgspec.structs.replace(effect.plan, split=one)
+            spec = self.spec(msgspec.structs.replace(effect, plan=plan))
         broken = self._scope.spawn(self._broken(self._splits, session, effect, launch), "tunnels")
         try:
             ended = await self._serve(
@@ -189,6 +214,96 @@ class Engines:
         finally:
             broken.cancel()
             await self._splits.close(session)
+
+    async def _run_group(self, group: "_GroupLaunch", session: HostSession) -> Exit:
+        """Several engines over one split model, each with its part of the slots."""
+        effect, launch, splits = group.effect, group.launch, group.splits
+        model, term = effect.plan.model, effect.term
+        first = session
+        address = ""
+
+        def post(info: EngineReadyInfo) -> None:
+            # The core knows all of them by the address of the one that answered first.
+            nonlocal address
+            if not address:
+                address = info.address
+                self._groups[address] = engines
+            self._post(
+                EngineReady(
+                    model=model,
+                    term=term,
+                    address=address,
+                    context=info.context,
+                    slots=engines.slots,
+                    embeddings=info.embeddings,
+                )
+            )
+
+        async def run(begins: bool, joined: Joined) -> Exit:
+            return await self._run_member(group, first if begins else await splits.open_another(first), joined)
+
+        engines = launch.group = EngineGroup(
+            model, session.layout.groups, run, lambda: post(engines.engines[0].info), lambda: launch.stopping
+        )
+        try:
+            ended = await engines.run(post)
+        finally:
+            self._groups.pop(address, None)
+        return replace(ended, reason=launch.broken, asked=False) if launch.broken else ended
+
+    async def _run_member(self, group: "_GroupLaunch", session: HostSession, joined: Joined) -> Exit:
+        """One of several engines, with tunnels of its own, until its end."""
+        effect, launch, splits = group.effect, group.launch, group.splits
+        spec = split_spec(group.spec, session, self._machine.accelerators)
+        broken = self._scope.spawn(splits.broken(session, effect.plan.model), "tunnels")
+        engine: RunningEngine | None = None
+        try:
+            command = await self._supervisor.server_command(group.source, spec)
+            if launch.stopping:
+                return Exit(code=0, reason="stopped", never_ready=True, asked=True)
+            engine = await self._supervisor.launch(command, effect.plan.model)
+            launch.engine = launch.engine or engine
+            launch.members.add(engine)
+            launch.launched.set()
+            _log.info("engine started", model=effect.plan.model, term=effect.term, pid=engine.pid, engines="several")
+            ended = await self._follow(engine, broken, session, joined)
+            if not ended.asked and not launch.stopping:
+                # A lost tunnel ends the engine too, and is the better explanation.
+                await asyncio.wait({broken}, timeout=_REASON_WAIT)
+            launch.broken = str(broken.result()) if broken.done() and not launch.stopping else ""
+            return ended
+        finally:
+            broken.cancel()
+            if engine is not None:
+                if engine.running:
+                    engine.kill()
+                    await engine.wait()
+                launch.members.discard(engine)
+            await splits.close(session)
+
+    async def _follow(
+        self, engine: RunningEngine, broken: asyncio.Task[object], session: HostSession, joined: Joined
+    ) -> Exit:
+        """Wait for an engine's end, and end it when its tunnels have ended."""
+
+        async def kill() -> None:
+            await asyncio.wait({broken})
+            engine.kill()
+
+        killing = self._scope.spawn(kill(), "lost tunnels")
+        try:
+            outcome = await engine.ready()
+            if isinstance(outcome, Exit):
+                return outcome
+            session.loading.ready()
+            self._keys[outcome.address] = outcome.key
+            joined(GroupEngine(outcome))
+            try:
+                return await engine.wait()
+            finally:
+                self._keys.pop(outcome.address, None)
+        finally:
+            killing.cancel()
 
     async def _opened(
         self, splits: SplitHostService, effect: StartEngine, spec: EngineSpec, launch: _Launch
@@ -299,7 +414,7 @@ class Engines:
             _log.info("requests cut", model=effect.model, term=effect.term, after=effect.drain_seconds)
         if self.caches is not None:
             await self.caches.save(effect.model, effect.term)
-        await launch.engine.stop()
+        await asyncio.gather(*(engine.stop() for engine in launch.engines))
 
     def _facts(self, effect: StartEngine) -> ModelFacts:
         model = self._machine.registry.find(effect.plan.model)
@@ -314,6 +429,8 @@ class Engines:
         if model is None:
             raise _gone(plan.model)
         pieces = 0 if plan.split is None else plan.split.micro_batch
+        groups = 1 if plan.split is None else plan.split.groups
+        slots = plan.slots // groups
         batch = pieces or batch_tokens(model.facts, plan.context)
         offload, chosen = plan.offload, options.engine
         alone = plan.split is None and not chosen.speculation and has_own_heads(model.path)
@@ -323,7 +440,7 @@ class Engines:
             model=model.path,
             alias=plan.model,
             context=plan.context,
-            slots=plan.slots,
+            slots=slots,
             draft=draft,
             draft_max=min(options.draft_max, _OWN_HEADS_MAX) if alone else options.draft_max,
             devices=(CPU_DEVICE,) if offload is not None and not offload.gpu_layers else self._machine.devices,
@@ -333,16 +450,17 @@ class Engines:
             cache_type=plan.cache_type,
             mmproj=model.projector if options.use_projector else None,
             sampling=chosen.sampling,
-            speculation=self._speculation(kind, draft, model),
-            while_it_pays=not chosen.speculation,
+            # Guesses of several engines would wait for each other, and what they gain alone is not known.
+            speculation=self._speculation(kind, draft, model) if groups == 1 else "",
+            while_it_pays=not chosen.speculation and groups == 1,
             chat_template=chosen.chat_template,
             reasoning_budget=chosen.reasoning_budget,
             environment=chosen.environment,
             more=chosen.engine_args,
             pooling=_pooling(model.facts),
             # llama.cpp requires a multiple of the slots.
-            micro_batch=-(-batch // plan.slots) * plan.slots if model.facts.one_batch else batch,
-            batch=max(_BATCH, batch + plan.slots),
+            micro_batch=-(-batch // slots) * slots if model.facts.one_batch else batch,
+            batch=max(_BATCH, batch + slots),
         )
 
     def _draft(self, effect: StartEngine, model: LocalModel) -> Path | None:
@@ -375,6 +493,21 @@ class Engines:
         if not chosen and model.facts.kind is ModelKind.CHAT:
             return NGRAM
         return chosen if chosen.startswith(NGRAM) else ""
+
+
+@dataclass(frozen=True)
+class _GroupLaunch:
+    """What all engines of a launch have in common."""
+
+    source: EngineSource
+    effect: StartEngine
+    launch: _Launch
+    spec: EngineSpec
+    splits: SplitHostService
+
+
+def _nothing() -> None:
+    return None
 
 
 def _failed(reason: str) -> Exit:

@@ -1,8 +1,9 @@
 """The host of a split model: it opens tunnels to the workers, shows loading, and reports which worker failed."""
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mesh_llm.core.types.errors import MeshError
@@ -18,9 +19,10 @@ from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.split.host.session import OPEN_SECONDS, OpenStream, SplitHost, WorkerError, WorkerTarget
 from mesh_llm.split.host.tunnel import Pace
-from mesh_llm.split.host.worker_info import AllocationSizes, SplitStats, WorkerStats
+from mesh_llm.split.host.worker_info import AllocationSizes, SplitStats, WorkerStats, merged
+from mesh_llm.split.weights import Weights
 from mesh_llm.wire.codec import encode
-from mesh_llm.wire.ggml_rpc.tunnel import SplitStream
+from mesh_llm.wire.ggml_rpc.tunnel import SESSION_BYTES, SplitStream
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
 
@@ -87,9 +89,9 @@ _DIGESTED_BYTES_PER_SECOND = 200e6
 """A lower bound. A worker reads its file once before the first session."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HostSession:
-    """The open tunnels of one launch.
+    """The open tunnels of one engine of a launch.
 
     Attributes:
         layout: who computes what.
@@ -99,6 +101,10 @@ class HostSession:
         tokens_before: tokens that the model had generated before.
         facts: the model.
         loading: shows how far it is loaded.
+        model: its name.
+        weights: its tensors on this disk.
+        pool: what all engines that share the weights have in common; empty for one alone.
+        all: the sessions of all engines of this launch that run now.
     """
 
     layout: SplitLayout
@@ -108,11 +114,14 @@ class HostSession:
     tokens_before: int
     facts: ModelFacts
     loading: LoadProgress
+    weights: Weights | None = None
+    pool: bytes = b""
+    all: list["HostSession"] = field(default_factory=list["HostSession"])
 
     @property
     def stats(self) -> SplitStats:
-        """The tunnels' statistics."""
-        return self.host.stats()
+        """The tunnels' statistics, of all engines."""
+        return merged([session.host.stats() for session in self.all] or [self.host.stats()])
 
 
 class SplitHostService:
@@ -149,21 +158,13 @@ class SplitHostService:
         if layout is None:
             raise ValueError(f"{model} is not split")
         weights = await self._digests.index(path)
-        host = SplitHost(rpc=layout.rpc_version, weights=weights, push=self._push)
+        pool = secrets.token_bytes(SESSION_BYTES) if layout.groups > 1 else b""
+        host = SplitHost(rpc=layout.rpc_version, weights=weights, push=self._push, pool=pool)
         names: dict[str, NodeId] = {}
         for share in layout.workers:
             name = f"{self._display.name_of(share.node)} ({share.node[:8]})"
             names[name if name not in names else f"{self._display.name_of(share.node)} ({share.node})"] = share.node
-        targets = [
-            WorkerTarget(
-                name=name,
-                address=node,
-                open_stream=self._opener(node, model, layout.term),
-                sizes=self._sizes.setdefault(node, AllocationSizes()),
-                pace=self._pace,
-            )
-            for name, node in names.items()
-        ]
+        targets = self._targets(names, model, layout.term)
         loading = LoadProgress(facts, layout, names, self._display)
         loading.opening()
         size = sum(share.memory_bytes for share in layout.shares)
@@ -176,9 +177,40 @@ class SplitHostService:
         except (asyncio.CancelledError, OSError):
             await host.close()
             raise
-        session = self.session = HostSession(layout, host, endpoints, names, tokens, facts, loading)
+        session = HostSession(layout, host, endpoints, names, tokens, facts, loading, weights, pool)
+        self.session = session
+        session.all.append(session)
         self._watching = self._scope.spawn(loading.watch(host.stats), "watch")
         return session
+
+    async def open_another(self, session: HostSession) -> HostSession:
+        """One more session with the same workers, for an engine that shares the weights of those that have loaded.
+
+        Raises MeshError. No worker is reported for that: the others go on with it.
+        """
+        layout = session.layout
+        host = SplitHost(rpc=layout.rpc_version, weights=session.weights, push=self._push, pool=session.pool)
+        targets = self._targets(session.names, session.facts.name, layout.term)
+        try:
+            endpoints = await host.start(targets, sockets=await self._sockets())
+        except (asyncio.CancelledError, OSError):
+            await host.close()
+            raise
+        another = replace(session, host=host, endpoints=endpoints)
+        session.all.append(another)
+        return another
+
+    def _targets(self, names: Mapping[str, NodeId], model: ModelName, term: int) -> list[WorkerTarget]:
+        return [
+            WorkerTarget(
+                name=name,
+                address=node,
+                open_stream=self._opener(node, model, term),
+                sizes=self._sizes.setdefault(node, AllocationSizes()),
+                pace=self._pace,
+            )
+            for name, node in names.items()
+        ]
 
     async def broken(self, session: HostSession, model: ModelName) -> MeshError:
         """Wait until a session cannot continue, and report the failed worker to the core. Returns the reason."""
@@ -190,8 +222,11 @@ class SplitHostService:
 
     async def close(self, session: HostSession) -> None:
         """End a session."""
+        if session in session.all:
+            session.all.remove(session)
         if self.session is session:
-            self.session = None
+            # Others over the same workers go on.
+            self.session = session.all[0] if session.all else None
             if self._watching is not None:
                 self._watching.cancel()
         await session.host.close()

@@ -373,6 +373,15 @@ def test_a_plan_says_how_many_tokens_of_a_prompt_are_computed_at_once() -> None:
     assert (spec.micro_batch, spec.batch) == (128, 2048)
 
 
+def test_engines_over_one_split_model_divide_its_slots_and_guess_nothing() -> None:
+    world = World()
+    layout = SplitLayout(term=1, shares=(SplitShare(node=node_id(1), layers=16),), groups=2)
+    planned = msgspec.structs.replace(plan("m"), split=layout, slots=8)
+    options = LaunchOptions(engine=EngineOptions(speculation="ngram-mod"))
+    spec = world.engines.spec(StartEngine(plan=planned, options=options, term=Term(1)))
+    assert (spec.slots, spec.context, spec.speculation) == (4, planned.context, "")
+
+
 async def test_a_projector_that_the_engine_does_not_start_with_is_set_aside_and_said() -> None:
     world = World()
     world.start()

@@ -320,9 +320,12 @@ class Launches:
         return [effect for effect in effects if isinstance(effect, StopEngine)]
 
     def ready(self, event: EngineReady, now: float) -> list[AnyEffect]:
-        """An engine answers. Ignored for an old term and for an engine that is being stopped."""
+        """An engine answers, or one more or one fewer of a split model. Ignored for an old term and while it stops."""
         launch = self._running(event)
-        if launch is None or launch.status is not ModelStatus.LOADING:
+        if launch is None or launch.status not in {ModelStatus.LOADING, ModelStatus.WARM}:
+            return []
+        if launch.status is ModelStatus.WARM:
+            launch.slots = event.slots
             return []
         launch.address = event.address
         launch.context = event.context

@@ -422,6 +422,7 @@ class SplitGroup:
         ]
         version = next(one.rpc_version for one in members if one.node == outcome.host)
         term = max(outcome.term, self._term) + 1
+        request = msgspec.structs.replace(request, groups=self._config.split.groups)
         plan, options = _plan(request, offers, term, version)
         if isinstance(plan, DoesNotFit):
             self._wait(plan.message, stuck=True)

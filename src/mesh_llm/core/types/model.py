@@ -293,12 +293,14 @@ class SplitLayout(msgspec.Struct, frozen=True, kw_only=True):
         rpc_version: ggml RPC protocol of all nodes.
         micro_batch: tokens of a prompt that the host's engine has computed at once; 0: as many as usual
             (`placement.fit.batch_tokens`), or not known here.
+        groups: engines of the host, each with an equal part of the slots, that share the weights.
     """
 
     term: int
     shares: tuple[SplitShare, ...]
     rpc_version: str = ""
     micro_batch: int = 0
+    groups: int = 1
 
     @property
     def host(self) -> SplitShare:

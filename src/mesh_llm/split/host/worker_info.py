@@ -4,7 +4,7 @@ Many of the engine's questions ask for the former. The host answers them, which 
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 from mesh_llm.split.framing import ProtocolError
@@ -154,6 +154,10 @@ class WorkerStats:
         """The difference to an earlier copy."""
         return WorkerStats(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
 
+    def plus(self, other: "WorkerStats") -> "WorkerStats":
+        """The sum."""
+        return WorkerStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
     def copy(self) -> "WorkerStats":
         """The present numbers."""
         return self.minus(WorkerStats())
@@ -181,6 +185,16 @@ class SplitStats:
         """The sum over workers."""
         total = WorkerStats()
         for stats in self.workers.values():
-            for each in fields(total):
-                setattr(total, each.name, getattr(total, each.name) + getattr(stats, each.name))
+            total = total.plus(stats)
         return total
+
+
+def merged(engines: Sequence[SplitStats]) -> SplitStats:
+    """The traffic of several engines of one host with the same workers."""
+    if len(engines) == 1:
+        return engines[0]
+    workers: dict[str, WorkerStats] = {}
+    for engine in engines:
+        for name, stats in engine.workers.items():
+            workers[name] = workers.get(name, WorkerStats()).plus(stats)
+    return SplitStats(workers, [pair for engine in engines for pair in engine.pairs])

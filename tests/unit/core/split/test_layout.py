@@ -12,6 +12,7 @@ from mesh_llm.core.split.layout import (
     divide_layers,
     group_fits,
     left_out,
+    pipeline_groups,
     pipelined_tokens,
     plan_split,
 )
@@ -183,3 +184,64 @@ def test_processors_read_prompts_in_small_pieces_and_gpus_do_not() -> None:
     assert isinstance(whole, LaunchPlan)
     assert whole.split is not None
     assert whole.split.micro_batch == 0
+
+
+ON_PROCESSORS = [MemoryOffer(node=node_id(n), memory_bytes=20 * GB, on_processor=True) for n in (1, 2, 3)]
+
+
+def laid_out(offers: list[MemoryOffer], slots: int, **wishes: object) -> LaunchPlan:
+    ask = SplitRequest(facts=BIG, asked=True, options=LaunchOptions(slots=slots, context=4096))
+    plan = plan_split(msgspec.structs.replace(ask, **wishes), offers, 1, "8.0.0")
+    assert isinstance(plan, LaunchPlan)
+    return plan
+
+
+def groups(plan: LaunchPlan) -> int:
+    assert plan.split is not None
+    return plan.split.groups
+
+
+@pytest.mark.parametrize(
+    ("machines", "slots", "count"),
+    # One where there is one slot, or little to gain; never more than machines; each with the same number of slots.
+    [(2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 8, 2), (2, 7, 1), (3, 9, 3), (3, 8, 2), (4, 16, 4), (2, 32, 2), (8, 32, 4)],
+)
+def test_engines_follow_from_machines_and_slots(machines: int, slots: int, count: int) -> None:
+    assert pipeline_groups(machines, slots, None) == count
+
+
+def test_a_user_says_how_many_engines() -> None:
+    assert [pipeline_groups(2, 4, most) for most in (1, 2, 3, 4)] == [1, 2, 2, 4]
+    assert pipeline_groups(2, 1, 4) == 1
+
+
+def test_engines_take_memory_of_every_node_and_only_what_is_left() -> None:
+    one = laid_out(ON_PROCESSORS[:2], 8)
+    assert groups(one) == 1
+    two = laid_out(ON_PROCESSORS[:2], 8, groups=None)
+    assert groups(two) == 2
+    assert (two.context, two.slots, layers(two)) == (one.context, one.slots, layers(one))
+    assert one.split is not None
+    assert two.split is not None
+    memory = SplitRequest(facts=BIG).memory(two.context, two.slots)
+    grown = [b.memory_bytes - a.memory_bytes for a, b in zip(one.split.shares, two.split.shares, strict=True)]
+    assert grown == [memory.host + layers(two)[0] * memory.layer_weights, memory.worker_engine]
+    # A worker that has just enough for one.
+    share = one.split.workers[0]
+    tight = [ON_PROCESSORS[0], MemoryOffer(node=share.node, memory_bytes=share.memory_bytes, on_processor=True)]
+    assert groups(laid_out(tight, 8, groups=None, shares=(10.0, 10.0))) == 1
+
+
+def test_there_is_one_engine_beside_a_gpu_or_a_draft_or_for_embeddings() -> None:
+    gpu = [ON_PROCESSORS[0], msgspec.structs.replace(ON_PROCESSORS[1], on_processor=False)]
+    assert groups(laid_out(gpu, 8, groups=2)) == 1
+    assert groups(laid_out(ON_PROCESSORS[:2], 8, groups=2, draft=facts("draft", 0.1))) == 1
+    bert = msgspec.structs.replace(BIG, kind=ModelKind.EMBEDDING, encoder=True)
+    assert groups(laid_out(ON_PROCESSORS[:2], 8, groups=2, facts=bert)) == 1
+
+
+def test_a_node_without_a_layer_does_not_keep_the_others_from_several_engines() -> None:
+    nothing = MemoryOffer(node=node_id(3), memory_bytes=0, on_processor=True)
+    plan = laid_out([*ON_PROCESSORS[:2], nothing], 8, groups=None)
+    assert groups(plan) == 2
+    assert layers(plan) == layers(laid_out(ON_PROCESSORS[:2], 8))
