@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -52,7 +53,9 @@ _IDLE_SECONDS = 3.0
 _BETWEEN_SECONDS = 60.0
 """From one save to the next, while an engine is used again and again."""
 _STOP_SECONDS = 20.0
-_ANSWER_SECONDS = 1.0
+_ANSWER_SECONDS = 2.0
+_END_SECONDS = 0.3
+"""For the API to say that a prompt has ended of which the client has the whole answer."""
 _BRING_SECONDS = 30.0
 _MEASURE_SHARE = 0.1
 """Of the time that reading takes: so long a link to another node may be measured first, where it is unknown."""
@@ -78,13 +81,17 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(eq=False)
 class _Prompt:
-    """A prompt that a launch got. `tokens`: in its slot, once that is known; `saved`: there is nothing to do for it."""
+    """A prompt that a launch got.
+
+    `tokens`: in its slot, once that is known; `saved`: there is nothing to do for it; `over`: set when it has ended.
+    """
 
     marks: Sequence[Mark]
     number: int
     ended: bool = False
     tokens: int = 0
     saved: bool = False
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def size(self) -> int:
@@ -159,9 +166,14 @@ class _Launch:
         return found.size if found is not None else 0
 
     def find_prompts(self, slots: Sequence[Slot]) -> None:
-        """Find the prompts that have ended in the idle slots that have worked since: the last ones in the last ones."""
+        """Find the prompts that have ended in the idle slots that have worked since: the last ones in the last ones.
+
+        A slot may be done with a prompt of which the API has not said yet that it has ended: that is waited for.
+        """
         ended = sorted((one for one in self.running if one.ended), key=lambda one: -one.number)
         fresh = [slot for slot in slots if not slot.busy and slot.task != self.seen.get(slot.id, -1)]
+        if len(self.running) - len(ended) > sum(slot.busy for slot in slots) and len(fresh) > len(ended):
+            return
         for slot in fresh:
             self.slots.pop(slot.id, None)
             self.seen[slot.id] = slot.task
@@ -242,6 +254,10 @@ class SlotCaches:
         launch = self._launches.get((model, term))
         if launch is None:
             return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                for prompt in list(launch.running):
+                    await prompt.over.wait()
         try:
             # An engine that hangs must not hold up the stop.
             async with asyncio.timeout(_ANSWER_SECONDS):
@@ -280,6 +296,7 @@ class SlotCaches:
 
         def ended() -> None:
             begun.ended = True
+            begun.over.set()
             launch.ended.set()
 
         return ended

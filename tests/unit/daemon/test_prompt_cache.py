@@ -194,6 +194,29 @@ async def test_prompts_that_end_at_once_are_found_in_their_slots(node: Node) -> 
     assert node.restored() == (1, "xy")
 
 
+async def test_a_slot_that_is_done_before_its_prompt_is_said_to_have_ended_is_saved(node: Node) -> None:
+    """A client has its whole answer a moment before that is said; then it stops the node."""
+    ended = await node.caches.begin("m", 1, marks("ab"))
+    node.slots.answered(0, "ab", 1)
+    saving = asyncio.get_running_loop().create_task(node.caches.save("m", 1))
+    await asyncio.sleep(0)
+    ended()
+    await saving
+    assert node.caches.usage.count == 1
+
+
+async def test_of_two_slots_that_are_done_at_once_none_is_lost_where_one_end_is_said_late(node: Node) -> None:
+    first = await node.caches.begin("m", 1, marks("ab"))
+    second = await node.caches.begin("m", 1, marks("xy"))
+    node.slots.answered(0, "ab", 1)
+    node.slots.answered(1, "xy", 2)
+    first()
+    await asyncio.sleep(0.05)
+    second()
+    await restarted(node)
+    assert node.caches.usage.count == 2
+
+
 async def test_a_busy_slot_is_not_saved(node: Node) -> None:
     await node.turn("ab", 0, 1)
     node.slots.busy.add(0)
