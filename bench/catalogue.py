@@ -125,6 +125,22 @@ ALL = (
         quick=("--rounds", "1", "--ways", "solo,ours", "--answer", "16"),
     ),
     Benchmark(
+        "split.slow_links",
+        "bench.split.prompts",
+        "a prompt over two and three stand-in machines at 100 Mbit/s, with rounded activations (--wire) and without",
+        words=(
+            *("--stand-in", "--tokens", "2048", "--machines", "2,3", "--delays", "1", "--megabits", "100"),
+            *("--prompt-rate", "20000", "--answer-rate", "100", "--ways", "ours,f16,q8"),
+        ),
+        quick=("--machines", "2", "--rounds", "1", "--tokens", "1024"),
+    ),
+    Benchmark(
+        "split.rounding",
+        "bench.split.rounding",
+        "what rounded activations (--wire) do to what models say",
+        quick=("--models", "tiny", "--texts", "2", "--tokens", "24"),
+    ),
+    Benchmark(
         "split.check",
         "bench.split.check",
         "whether stand-ins show what real engines do with a prompt",

@@ -44,6 +44,7 @@ from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.split.host.session import OpenStream, SplitHost, WorkerTarget
 from mesh_llm.split.worker.session import RpcServer, SplitWorker, WorkerServices
+from mesh_llm.wire.ggml_rpc.activations import Format, WireFormats
 from mesh_llm.wire.ggml_rpc.tunnel import SESSION_BYTES
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
@@ -246,7 +247,9 @@ class Host(Role):
 
     async def _one_of_ours(self, words: Answer, pool: bytes) -> Answer:
         began = time.perf_counter()
-        split = SplitHost(rpc=RPC_VERSION, weights=self.index, push=words["push"], pool=pool)
+        kind = Format[words.get("wire", "f32").upper()]
+        wire = WireFormats(kind, kind)
+        split = SplitHost(rpc=RPC_VERSION, weights=self.index, push=words["push"], pool=pool, wire=wire)
         self.splits.append(split)
         targets = [
             WorkerTarget(name=f"w{number}", address=node, open_stream=self._opener(NodeId(node)))

@@ -4,6 +4,7 @@ One machine is the host alone. On several, the host computes its part too: two m
 llama.cpp's own RPC runs in two layouts, with warm caches. *Stock* is what mesh-llm's nodes ask of llama.cpp: the host's
 layers on its processor, the output layer there, embeddings on. *Stock, pipelined* is what makes llama.cpp pipeline
 prompts over devices: all layers on RPC servers, of which the host has one, no tensor override, no embeddings.
+*mesh-llm, f16* and *mesh-llm, q8* round activations on their way (`--wire`); they run only where they are asked for.
 """
 
 import argparse
@@ -26,10 +27,11 @@ from bench.split.stand_in import Pace
 from tests.netlab.lab import NetLab
 from tests.support.gguf_models import cached_model
 
-from mesh_llm.core.performance.prediction import Link, prompt_seconds, split_prompt_seconds
+from mesh_llm.core.performance.prediction import Link, prompt_seconds
+from mesh_llm.core.performance.wire import wired_prompt_seconds
 from mesh_llm.core.split.layout import pipelined_tokens
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import ModelFacts, Speed, SplitLayout, SplitShare
+from mesh_llm.core.types.model import ModelFacts, Speed, SplitLayout, SplitShare, Wire, WireFormat
 from mesh_llm.engine.speed import measure_speed
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import read_header
@@ -41,7 +43,13 @@ WAYS = {
     "pipelined": "stock RPC, pipelined",
     "ours": "mesh-llm",
     "groups": "mesh-llm, groups",
+    "f16": "mesh-llm, f16",
+    "q8": "mesh-llm, q8",
 }
+USUAL = ("solo", "stock", "pipelined", "ours")
+"""Those that run where nothing else is said. The others are several engines of mesh-llm, and mesh-llm with `--wire`."""
+
+_OURS: dict[str, WireFormat] = {"ours": "f32", "groups": "f32", "f16": "f16", "q8": "q8"}
 
 
 WHOLE = 512
@@ -59,10 +67,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     found.add_argument("--machines", type=numbers, default=[3], help="how many share the model, as in 2,3,4,8")
     found.add_argument("--delays", default="0", help="one way, ms")
     found.add_argument("--megabits", type=float, default=0.0, help="rate of each link, Mbit/s; 0: no limit")
-    found.add_argument(
-        "--ways", default=[way for way in WAYS if way != "groups"], type=lambda words: words.split(","),
-        help=f"of {', '.join(WAYS)}",
-    )  # fmt: skip
+    found.add_argument("--ways", default=list(USUAL), type=lambda words: words.split(","), help=f"of {', '.join(WAYS)}")
     found.add_argument("--groups", type=int, default=0, help="engines over one split; 0: as many as machines")
     found.add_argument("--rounds", type=int, default=3)
     found.add_argument("--micro-batch", type=int, default=0, help=f"of all ways; 0: {WHOLE}, and what mesh-llm chooses")
@@ -125,7 +130,7 @@ class Runs:
 
         From this machine's speed, measured now, and the links'; with stand-ins from what is set.
         """
-        if way not in {"solo", "ours", "groups"}:
+        if way != "solo" and way not in _OURS:
             return None
         arguments, facts = self.arguments, self._facts
         if arguments.stand_in:
@@ -151,7 +156,8 @@ class Runs:
             # Workers are as far from each other as from the host.
             among = {(one, other): links[one] for one in nodes[1:] for other in nodes[1:] if one != other}
             ways = {(nodes[0], NodeId(node)): link for node, link in links.items()} | among
-            found = split_prompt_seconds(facts, layout, dict.fromkeys(nodes, speed), ways, tokens)
+            wire = Wire(prompts=_OURS[way], tokens=_OURS[way])
+            found = wired_prompt_seconds(facts, layout, dict.fromkeys(nodes, speed), ways, wire, tokens)
             seconds = None if found is None else found.total()
         return None if not seconds else tokens / seconds
 
@@ -188,8 +194,8 @@ class Runs:
                 nodes = lab.nodes[: machines - 1]
                 groups = (self.arguments.groups or machines) if way == "groups" else 1
                 # Each with its part of the slots.
-                words["slots"] = -(-slots // groups)
-                loaded = host.say("ours", workers=nodes, shares=layers[1:], push=True, groups=groups, **words)
+                words |= {"slots": -(-slots // groups), "groups": groups, "wire": _OURS[way]}
+                loaded = host.say("ours", workers=nodes, shares=layers[1:], push=True, **words)
         try:
             yield loaded
         finally:

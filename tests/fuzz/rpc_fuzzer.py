@@ -22,6 +22,7 @@ from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.worker.transfers import ForgedError, TransferInbox
 from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.ggml_rpc.activations import unpack as unpack_activations
 from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET, KeptHeads, PackedSet, unpack_data
 from mesh_llm.wire.ggml_rpc.packing import decompress_graph as unpack_graph
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, V8, Command, FrameError, Head, Request, RequestParser
@@ -29,10 +30,12 @@ from mesh_llm.wire.ggml_rpc.tensors import unpack
 from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     KEY_BYTES,
+    PACKED_GET,
     PUSH,
     REFERENCE,
     TAG_BYTES,
     WAIT,
+    PackedGet,
     Push,
     Reference,
     Wait,
@@ -139,7 +142,13 @@ class Fuzzer:
         elif command == PUSH:
             push = Push.unpack(payload)
             firewall.check_push(push.get)
+            firewall.check_rounded(push.get, push.wanted)
             judge.judge(Command.GET_TENSOR, push.get, 0)
+        elif command == PACKED_GET:
+            asked = PackedGet.unpack(payload)
+            firewall.check_push(asked.get)
+            firewall.check_rounded(asked.get, asked.wanted)
+            judge.judge(Command.GET_TENSOR, asked.get, 0)
         elif command == PACKED:
             graph = memoryview(unpack_graph(payload))
             firewall.check(Command.GRAPH_COMPUTE, graph)
@@ -147,8 +156,9 @@ class Fuzzer:
         elif command == PACKED_SET:
             packed = PackedSet.unpack(payload)
             head = heads.head(packed)
-            parts = unpack_data(packed.data, packed.size) if packed.compressed else (packed.data,)
-            whole = memoryview(b"".join((head, *parts)))
+            firewall.check_rounded(memoryview(head), packed.kind)
+            rounded = (unpack_activations(packed.kind, packed.data, packed.size),) if not packed.compressed else ()
+            whole = memoryview(b"".join((head, *(rounded or unpack_data(packed.data, packed.size)))))
             firewall.check(Command.SET_TENSOR, whole)
             judge.judge(Command.SET_TENSOR, whole, 0)
         elif command == WAIT:

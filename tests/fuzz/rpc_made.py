@@ -10,10 +10,21 @@ from collections.abc import Callable
 
 from tests.support.rpc_record import recorded
 
+from mesh_llm.wire.ggml_rpc.activations import Format, pack
 from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET, PackedSet, SentHeads, compress_data, compress_graph
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES, Command
-from mesh_llm.wire.ggml_rpc.tensors import Tensor, plain, unpack
-from mesh_llm.wire.ggml_rpc.tunnel import PUSH, REFERENCE, TAG_BYTES, WAIT, Push, Reference, Wait
+from mesh_llm.wire.ggml_rpc.tensors import F32, Tensor, plain, unpack
+from mesh_llm.wire.ggml_rpc.tunnel import (
+    PACKED_GET,
+    PUSH,
+    REFERENCE,
+    TAG_BYTES,
+    WAIT,
+    PackedGet,
+    Push,
+    Reference,
+    Wait,
+)
 
 Made = tuple[int, bytes]
 
@@ -105,14 +116,21 @@ class Maker:
     def _pushed(self, get: bytes) -> Made:
         self._counter += 1
         tag = self._chance.randbytes(TAG_BYTES)
-        return PUSH, Push(memoryview(get), self._counter, tag, self._chance.randrange(4)).pack()
+        wanted = self._format(get)
+        if self._chance.random() < 0.3:
+            return PACKED_GET, PackedGet(memoryview(get), wanted).pack()
+        return PUSH, Push(memoryview(get), self._counter, tag, self._chance.randrange(4), wanted).pack()
+
+    def _format(self, tensor: bytes) -> Format:
+        """One that a tensor may travel in."""
+        return self._chance.choice(list(Format)) if unpack(tensor).type == F32 else Format.F32
 
     def _packed(self, payload: bytes) -> Made:
         head, data = payload[:SET_TENSOR_HEAD], payload[SET_TENSOR_HEAD:]
         number, known = self._heads.number(head)
         compressed = self._chance.random() < 0.5
-        travels = compress_data(data) if compressed else data
-        return PACKED_SET, PackedSet(number, b"" if known else head, len(data), travels, compressed).pack()
+        kind, travels = (Format.F32, compress_data(data)) if compressed else pack(self._format(head), data)
+        return PACKED_SET, PackedSet(number, b"" if known else head, len(data), travels, compressed, kind).pack()
 
     def _waited(self, tensor: bytes, offset: int, data: bytes) -> Made:
         self._counter += 1

@@ -11,13 +11,13 @@ from tests.fuzz.rpc_made import BUFFERS, COMPUTATIONS
 from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, Command
 from mesh_llm.wire.ggml_rpc.tensors import plain
-from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, PUSH, REFERENCE, WAIT
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, PACKED_GET, PUSH, REFERENCE, WAIT
 
 SECONDS = 30.0
 """Of each half: a minute of chance in every run, in two tests because those run side by side."""
 
 TRIED = (
-    *(ALLOC, REFERENCE, PUSH, WAIT, PACKED, PACKED_SET),
+    *(ALLOC, REFERENCE, PUSH, WAIT, PACKED, PACKED_SET, PACKED_GET),
     *(Command.SET_TENSOR, Command.GET_TENSOR, Command.SET_TENSOR_2D, Command.GET_TENSOR_2D, Command.MEMSET_TENSOR),
     *(Command.COPY_TENSOR, Command.INIT_TENSOR, Command.GET_ALLOC_SIZE, Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE),
     *(Command.FREE_BUFFER, Command.BUFFER_CLEAR, Command.GET_ALIGNMENT, Command.GET_MAX_SIZE),

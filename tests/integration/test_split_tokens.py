@@ -9,12 +9,17 @@ from tests.integration.split_fixtures import complete, split, text
 
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.supervisor import Supervisor
+from mesh_llm.split.worker import session as worker_session
+from mesh_llm.wire.ggml_rpc.activations import Format, WireFormats, packed_size
 from mesh_llm.wire.ggml_rpc.tunnel import MAX_PADDING
 
 __all__ = ["embedded", "model", "rpc_embedded", "supervisor"]
 
 LONG = "the mesh of all the nodes and what they have of it " * 30
 """Some 360 tokens: several batches of 128."""
+
+OTHER = "the nodes say what they have and who has more of it " * 26
+"""Some 340 tokens."""
 
 LONGER = "they can say which of the nodes have it, and if there are more " * 25
 """Some 470 tokens."""
@@ -55,6 +60,53 @@ async def test_tokens_are_those_of_solo(
         assert load.round_trips <= 14 * workers
         # Masks: a prompt's and each token's.
         assert stats.packed > 400_000 * workers
+        await engine.stop()
+
+
+@pytest.mark.parametrize(("kind", "push"), [(Format.F16, True), (Format.Q8, True), (Format.Q8, False)])
+async def test_rounded_activations_travel_in_fewer_bytes(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model, kind: Format, *, push: bool
+) -> None:
+    path = model("small")
+    ratio = 4 / packed_size(kind, 4096) * 1024
+    async with split(supervisor, rpc_embedded, path, 2, push=push) as group:
+        engine = await group.start(path, batch=128, micro_batch=128, gpu_layers=5)
+        for prompt in (LONG, OTHER):
+            await text(engine, prompt)
+        before = group.host.stats().total
+        exact = await text(engine, LONGER)
+        whole = group.host.stats().total.minus(before)
+        assert whole.rounded == whole.unrounded == 0
+        group.host.use(WireFormats(kind, kind))
+        await engine.stop()
+        engine = await group.start(path, batch=128, micro_batch=128, gpu_layers=5)
+        for prompt in (LONG, OTHER):
+            await text(engine, prompt)
+        before = group.host.stats().total
+        # Of this model's tokens one is always much likelier than all others.
+        assert await text(engine, LONGER) == exact
+        rounded = group.host.stats().total.minus(before)
+        assert rounded.unrounded == 0
+        assert rounded.rounded > 400_000
+        assert (rounded.pushed, rounded.relayed) == (whole.pushed, whole.relayed)
+        saved = whole.bytes_sent + whole.bytes_received - rounded.bytes_sent - rounded.bytes_received
+        assert saved == pytest.approx(rounded.rounded * (1 - 1 / ratio), rel=0.1)
+        await engine.stop()
+
+
+async def test_workers_of_an_older_version_get_activations_as_they_are(
+    supervisor: Supervisor, rpc_embedded: EmbeddedSource, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_session, "ALL_FORMATS", 0)
+    path = model("small")
+    expected = await solo(supervisor, rpc_embedded, path, "the mesh of all the nodes", LONG)
+    async with split(supervisor, rpc_embedded, path, 2) as group:
+        group.host.use(WireFormats(Format.Q8, Format.Q8))
+        assert group.host.unable == ("w0", "w1")
+        engine = await group.start(path, batch=128, micro_batch=128)
+        assert [await text(engine, prompt) for prompt in ("the mesh of all the nodes", LONG)] == expected
+        stats = group.host.stats().total
+        assert stats.rounded == stats.unrounded == 0
         await engine.stop()
 
 

@@ -26,7 +26,7 @@ from mesh_llm.wire.http.http1 import (
 _HEADER_LIST = re.compile(rb"[0-9A-Za-z\-_, ]{1,2048}")
 _EXPOSED = (
     b"x-mesh-llm-node, x-mesh-llm-model, x-mesh-llm-asked-model, x-mesh-llm-error, x-mesh-llm-resumed, "
-    b"x-mesh-llm-receipt, x-mesh-llm-receipt-id, retry-after"
+    b"x-mesh-llm-receipt, x-mesh-llm-receipt-id, x-mesh-llm-wire, retry-after"
 )
 
 

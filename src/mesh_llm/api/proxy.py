@@ -46,7 +46,15 @@ from mesh_llm.api.router import Prefix, PrefixAffinity, TargetSelector, prompt_p
 from mesh_llm.api.telemetry import CLIENT_GONE
 from mesh_llm.api.transcript import MemoryBudget, Transcript, WholeEvents
 from mesh_llm.api.types import ApiConfig
-from mesh_llm.api.upstream import NODE_HEADER, TargetLostError, Upstream, UpstreamRequest, UpstreamResponse, refusal
+from mesh_llm.api.upstream import (
+    NODE_HEADER,
+    WIRE_HEADER,
+    TargetLostError,
+    Upstream,
+    UpstreamRequest,
+    UpstreamResponse,
+    refusal,
+)
 from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.routing.ranking import ModelRoute, Target, Warmth, rank
 from mesh_llm.core.types.errors import MeshError
@@ -393,6 +401,8 @@ class Proxy:
             headers.append((b"content-length", b"%d" % head.length))
         headers.append((NODE_HEADER, target.node.encode("ascii")))
         headers.append((MODEL_HEADER, model_header(job.model)))
+        if target.local and (wire := self._upstream.wire(job.model)):
+            headers.append((WIRE_HEADER, wire.encode("ascii")))
         if lost:
             headers.append((RESUMED_HEADER, b"%d" % lost))
         headers.extend(job.cors)

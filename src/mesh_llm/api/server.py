@@ -132,6 +132,10 @@ class ApiServer:
         """Keep to these limits of API keys, by name, from now on."""
         self._accounting.usage.use_limits(limits)
 
+    def use_wire(self, wire: Callable[[ModelName], str]) -> None:
+        """Ask this how the activations of a model that this node splits travel; answers name it."""
+        self._upstream.wire = wire
+
     def use_settings(self, settings: Callable[[ModelName], ModelSettings]) -> None:
         """Ask this for the settings of models that are served here."""
         self._upstream.system_prompt = lambda model: settings(model).system_prompt or ""

@@ -42,6 +42,8 @@ from mesh_llm.wire.http.http1 import (
 READ_SIZE = 64 * 1024
 NODE_HEADER = b"x-mesh-llm-node"
 """On an answer: the node that gave it."""
+WIRE_HEADER = b"x-mesh-llm-wire"
+"""On an answer of a split model: how its activations travelled from node to node, in words."""
 PEER_HOST, ENGINE_HOST = "mesh", "localhost"
 _TRY_ELSEWHERE = frozenset((404, 429, 503))
 _TOO_LONG = "it took too long"
@@ -349,6 +351,7 @@ class Upstream:
     Attributes:
         open_stream: opens a stream to a remote target; set once the node is part of a mesh.
         engines: this node's own engines; set once there are any.
+        wire: how activations of a model that this node hosts travel from node to node; empty where it is not split.
         system_prompt: of a model's settings on this node, for requests that have none; empty for none.
         caches: what is saved of prompts for them; set once there is any.
         guessing: switches their speculation; set once there is any.
@@ -357,6 +360,7 @@ class Upstream:
     def __init__(self, config: ApiConfig, watchdog: StreamWatchdog, clock: Callable[[], float]) -> None:
         self.open_stream: OpenStream = _no_mesh
         self.engines: LocalEngines = _NoEngines()
+        self.wire: Callable[[ModelName], str] = lambda _: ""
         self.system_prompt: Callable[[ModelName], str] = lambda _: ""
         self.caches: PromptCaches = _NoCaches()
         self.guessing: Guessing = _NoGuessing()

@@ -228,6 +228,9 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--groups", type=_AutoNumber(least=1, most=4), default="auto", show_default=True, metavar="N|auto",
                 help="Engines over a split model that this node hosts. They share its weights and divide its slots, so "
                 "that a machine computes for one while another's tokens are elsewhere; auto: as many as pay."),
+        _option("--wire", type=click.Choice(["auto", "f32", "f16", "q8"]), default="auto", show_default=True,
+                help="How activations of models that this node splits travel. f32: as they are. f16, q8: in half and "
+                "about a quarter of the bytes, rounded: answers may differ. auto: f16 where a link is slow, else f32."),
         _option("--lend-unconfined", is_flag=True,
                 help="Lend memory to split models even where the RPC server cannot be confined."),
     ),

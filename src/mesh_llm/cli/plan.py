@@ -126,6 +126,8 @@ def render(answer: PlanAnswer) -> str:
             for place, node in enumerate(split.nodes)
         ]
         lines += table(("NODE", "PART", "LAYERS", "MEMORY"), rows, "")
+        if split.wire != "f32":
+            lines.append(f"Activations travel as {split.wire} (--wire): answers may differ from those with f32.")
         if split.micro_batch:
             lines.append(
                 f"Prompts are computed {split.micro_batch} tokens at a time, so that all machines work at once."

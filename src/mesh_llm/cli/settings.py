@@ -112,6 +112,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
             shares=read_tensor_split(options["tensor_split"]),
             max_rtt_ms=options["max_rtt"],
             groups=options["groups"],
+            wire=options["wire"],
         ),
         models_dirs=tuple(options["models_dirs"]),
         quic_port=options["quic_port"],

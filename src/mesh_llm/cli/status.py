@@ -139,7 +139,8 @@ def _split_lines(status: Status) -> list[str]:
     lines = ["", f"{split.model} is split over {len(split.workers) + 1} nodes: {_speed(split)}"]
     rows = [(names.get(split.host) or split.host[:10], "host", str(split.layers), "-", "-", "-")]
     rows += [_worker_row(worker, names) for worker in split.workers]
-    return [*lines, *table(("NODE", "PART", "LAYERS", "MEMORY", "RTT", "RESULTS"), rows, "")]
+    lines += table(("NODE", "PART", "LAYERS", "MEMORY", "RTT", "RESULTS"), rows, "")
+    return [*lines, f"Activations travel as {split.wire}."] if split.wire else lines
 
 
 def _speed(split: StatusSplit) -> str:

@@ -315,6 +315,7 @@ def _split(split: StatusSplit) -> tuple[Table, int]:
         )
         if value is not None
     ]
+    speeds += [f"activations as {split.wire}"] if split.wire not in {"", "f32"} else []
     rows = [[Text(f"host {split.host[:10]}"), Text(f"{split.ratio:.0%}"), Text("-"), Text(", ".join(speeds) or "-")]]
     for worker in split.workers:
         moved = f"{size(worker.weight_bytes_sent)} sent, {size(worker.weight_bytes_by_reference)} by reference"

@@ -107,7 +107,11 @@ class StatusSplitWorker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusSplit(msgspec.Struct, frozen=True, kw_only=True):
-    """A split model. `host` is a node id; `ratio` and `layers` are the host's own part."""
+    """A split model. `host` is a node id; `ratio` and `layers` are the host's own part.
+
+    `wire`: how activations travel from node to node, in words, as in `f32` or `f16 for prompts, f32 for tokens`; with
+    the reason where that is not what was asked for. Empty elsewhere than on the host.
+    """
 
     model: str
     host: str
@@ -120,6 +124,7 @@ class StatusSplit(msgspec.Struct, frozen=True, kw_only=True):
     measured_tps: float | None = None
     predicted_prompt_tps: float | None = None
     measured_prompt_tps: float | None = None
+    wire: str = ""
 
 
 class StatusWaitingNode(msgspec.Struct, frozen=True, kw_only=True):

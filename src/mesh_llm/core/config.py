@@ -1,12 +1,13 @@
 """Configuration of a node: plain values that do not change while it runs. The first line of its journal."""
 
 import math
+from typing import Literal
 
 import msgspec
 
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, ListingPolicy, LoadScope, Ownership
 from mesh_llm.core.types.ids import Incarnation, MeshId, ModelName, NodeId
-from mesh_llm.core.types.model import LaunchOptions, ModelFacts, Role
+from mesh_llm.core.types.model import AUTO_WIRE, LaunchOptions, ModelFacts, Role, WireFormat
 from mesh_llm.core.types.model_settings import ModelSettings, settings_of
 
 
@@ -245,12 +246,14 @@ class SplitOptions(msgspec.Struct, frozen=True, kw_only=True):
         shares: relative parts of the host and the workers after it (`--tensor-split`); empty: by memory.
         max_rtt_ms: longest round trip to a node that this one pairs with (`--max-rtt`).
         groups: most engines over a split model that this node hosts (`--groups`); None: as many as pay.
+        wire: how activations travel where this node is the host (`--wire`): a WireFormat, or `auto`.
     """
 
     asked: bool = False
     shares: tuple[float, ...] = ()
     max_rtt_ms: float = MAX_ROUND_TRIP_MS
     groups: int | None = None
+    wire: WireFormat | Literal["auto"] = AUTO_WIRE
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,7 +33,7 @@ from mesh_llm.daemon.prompt_cache import DIRECTORY, SlotCaches
 from mesh_llm.daemon.prompt_moves import PromptMoves
 from mesh_llm.daemon.published_state import ProgressListener, PublishedState
 from mesh_llm.daemon.settings import Settings
-from mesh_llm.daemon.split_host import SplitHostService, tunnel_sockets
+from mesh_llm.daemon.split_host import SplitHostService, WireControl, tunnel_sockets
 from mesh_llm.daemon.split_worker import SplitDisplay, WeightDigests, WorkerService, WorkerWeights
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.prompt_cache.store import PromptCacheStore
@@ -116,6 +116,7 @@ def make_core(around: Surroundings, machine: Machine, api: ApiServer, gpu: GpuPl
     stack.push_async_callback(worker.close)
     sockets = partial(tunnel_sockets, around.supervisor, home.cache)
     split_host = SplitHostService(net, digests, post, display, limit.take, sockets)
+    api.use_wire(split_host.wire_of)
     stack.push_async_callback(split_host.stop)
     engines = Engines(machine, around.supervisor, around.traffic, post, split_host, published.notices.add)
     stack.push_async_callback(engines.close)
@@ -133,6 +134,7 @@ def make_core(around: Surroundings, machine: Machine, api: ApiServer, gpu: GpuPl
     publisher = ListingPublisher(net, home, settings.discovery, post)
     performance = PerformanceServices(net, node, machine, home, post, published.changes.notify)
     stack.push_async_callback(performance.close)
+    split_host.wire = WireControl(settings.split.wire, performance.choose_wire, published.notices.add)
     if engines.caches is not None:
         measure = performance.measure_link
         moves = PromptMoves(net, engines.caches, measure, limit.take, around.standing, around.clock)

@@ -18,9 +18,8 @@ from mesh_llm.core.performance.prediction import (
     per_second,
     prompt_seconds,
     solo_seconds,
-    split_prompt_seconds,
-    split_seconds,
 )
+from mesh_llm.core.performance.wire import choose_wire, wired_prompt_seconds, wired_seconds
 from mesh_llm.core.placement.fit import launch_memory
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
@@ -30,7 +29,7 @@ from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
-from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus, Role, Speed, SplitLayout
+from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus, Role, Speed, SplitLayout, Wire
 from mesh_llm.core.types.model_settings import guesses_alone
 from mesh_llm.daemon.link_meter import LinkMeter, Measured
 from mesh_llm.daemon.model_fetcher import published_facts
@@ -218,14 +217,15 @@ class _Forecast:
     links: Mapping[tuple[NodeId, NodeId], Link]
     lag: float
     prompt_lag: float
+    wire: Wire
 
     def token(self) -> SplitSeconds | None:
         """Of one token."""
-        return split_seconds(self.facts, self.layout, self.speeds, self.links)
+        return wired_seconds(self.facts, self.layout, self.speeds, self.links, self.wire)
 
     def prompt(self, tokens: int) -> SplitSeconds | None:
         """Of a prompt."""
-        return split_prompt_seconds(self.facts, self.layout, self.speeds, self.links, tokens)
+        return wired_prompt_seconds(self.facts, self.layout, self.speeds, self.links, self.wire, tokens)
 
 
 class Planner:
@@ -252,6 +252,7 @@ class Planner:
         self._alone: dict[tuple[ModelName, Term], float | None] = {}
         self._tried_at = 0.0
         self._scope = TaskScope("planner")
+        self._forecasting = asyncio.Lock()
 
     async def close(self) -> None:
         """Stop measuring."""
@@ -302,6 +303,7 @@ class Planner:
             max_rtt_ms=split.max_rtt_ms,
             split_lag=1.0 if experience is None else experience.split_lag,
             split_prompt_lag=1.0 if experience is None else experience.split_prompt_lag,
+            wire=split.wire,
             fetch=fetch,
         )
         return make_plan(ask, nodes, self._links(measured))
@@ -422,7 +424,21 @@ class Planner:
         if predicted is not None:
             self._speeds.observed_split_prompt(predicted, tokens, seconds)
 
+    async def choose_wire(self, facts: ModelFacts, layout: SplitLayout) -> Wire:
+        """How the activations of a split model that this node hosts shall travel; the forecast then counts on it."""
+        key = (facts.name, layout)
+        self._forecasts = {key: self._forecasts.get(key)}
+        self._tried_at = time.monotonic()
+        await self._forecast(facts, layout)
+        forecast = self._forecasts.get(key)
+        return Wire() if forecast is None else forecast.wire
+
     async def _forecast(self, facts: ModelFacts, layout: SplitLayout) -> None:
+        # Two at once would slow each other down.
+        async with self._forecasting:
+            await self._measure_ring(facts, layout)
+
+    async def _measure_ring(self, facts: ModelFacts, layout: SplitLayout) -> None:
         members = {member.announcement.node: member for member in self._node.members}
         workers = [members[share.node] for share in layout.workers if share.node in members]
         speed = await self._speeds.speed()
@@ -433,7 +449,9 @@ class Planner:
         if (facts.name, layout) in self._forecasts:
             learned = self._speeds.experience
             lag, prompt_lag = (1.0, 1.0) if learned is None else (learned.split_lag, learned.split_prompt_lag)
-            found = _Forecast(facts, layout, speeds, self._links(measured), lag, prompt_lag)
+            links = self._links(measured)
+            wire = choose_wire(self._node.config.split.wire, facts, layout, speeds, links)
+            found = _Forecast(facts, layout, speeds, links, lag, prompt_lag, wire)
             self._forecasts[facts.name, layout] = found if found.token() is not None else None
             self._changed()
 
@@ -580,6 +598,7 @@ class PerformanceServices:
         self.solo_speed = self._planner.solo_speed
         self.devices_changed = self._speeds.devices_changed
         self.split_speed = self._planner.split_speed
+        self.choose_wire = self._planner.choose_wire
         self.prompt_speed = self._planner.prompt_speed
 
     def begin(self, traffic: TrafficMeter) -> None:

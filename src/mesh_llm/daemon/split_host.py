@@ -6,10 +6,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mesh_llm.core.performance.wire import fixed_wire
+from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, SplitFailed
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout
+from mesh_llm.core.types.model import AUTO_WIRE, LaunchPlan, ModelFacts, SplitLayout, Wire
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.daemon.split_worker import SplitDisplay, WeightDigests, loaded, part_bytes
 from mesh_llm.engine.confinement import policy
@@ -22,6 +24,7 @@ from mesh_llm.split.host.tunnel import Pace
 from mesh_llm.split.host.worker_info import AllocationSizes, SplitStats, WorkerStats, merged
 from mesh_llm.split.weights import Weights
 from mesh_llm.wire.codec import encode
+from mesh_llm.wire.ggml_rpc.activations import Format, WireFormats
 from mesh_llm.wire.ggml_rpc.tunnel import SESSION_BYTES, SplitStream
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import StreamType
@@ -54,6 +57,10 @@ class LoadProgress:
     def ready(self) -> None:
         """The engine answers: all parts are loaded."""
         self._ready.set()
+
+    async def loaded(self) -> None:
+        """Wait until all parts are loaded."""
+        await self._ready.wait()
 
     @property
     def ended(self) -> bool:
@@ -123,6 +130,49 @@ class HostSession:
         """The tunnels' statistics, of all engines."""
         return merged([session.host.stats() for session in self.all] or [self.host.stats()])
 
+    @property
+    def wire(self) -> Wire:
+        """How activations travel, where all on their way know it; as they are where no worker does."""
+        return wire_of(self.host.wire) if len(self.host.unable) < len(self.names) else Wire()
+
+    @property
+    def wire_text(self) -> str:
+        """The same for people, with the reason where it is not what is wanted."""
+        text = wire_of(self.host.wire).text
+        if unable := self.host.unable:
+            text += f"; f32 to and from {', '.join(unable)}: an older version of mesh-llm"
+        if self.stats.total.unrounded:
+            text += "; some as f32, because they are too large for f16"
+        return text
+
+
+def formats_of(wire: Wire) -> WireFormats:
+    """As the tunnels take it."""
+    return WireFormats(Format[wire.prompts.upper()], Format[wire.tokens.upper()])
+
+
+def wire_of(formats: WireFormats) -> Wire:
+    """As the core takes it."""
+    prompts, tokens = (fixed_wire(kind.name.lower()) or Wire() for kind in formats)
+    return Wire(prompts=prompts.prompts, tokens=tokens.tokens)
+
+
+ChooseWire = Callable[[ModelFacts, SplitLayout], Awaitable[Wire]]
+"""How activations shall travel with `auto`, by the links as they are measured now."""
+
+
+async def _as_it_is(_facts: ModelFacts, _layout: SplitLayout) -> Wire:
+    return Wire()
+
+
+@dataclass(frozen=True, slots=True)
+class WireControl:
+    """How activations travel: a WireFormat or `auto`, who decides then, and who takes what the user should know."""
+
+    setting: str = AUTO_WIRE
+    choose: ChooseWire = _as_it_is
+    notify: Callable[[Notice], object] = lambda _: None
+
 
 class SplitHostService:
     """The split models that this node hosts, one at a time."""
@@ -143,8 +193,10 @@ class SplitHostService:
         self._display = display
         self._pace = pace
         self._sockets = sockets
+        self.wire = WireControl()
+        """How activations travel; set once links can be measured."""
         self._scope = TaskScope("split loading")
-        self._watching: asyncio.Task[object] | None = None
+        self._watching: list[asyncio.Task[object]] = []
         self._sizes: dict[NodeId, AllocationSizes] = {}
         self._push = True
         self.session: HostSession | None = None
@@ -159,7 +211,8 @@ class SplitHostService:
             raise ValueError(f"{model} is not split")
         weights = await self._digests.index(path)
         pool = secrets.token_bytes(SESSION_BYTES) if layout.groups > 1 else b""
-        host = SplitHost(rpc=layout.rpc_version, weights=weights, push=self._push, pool=pool)
+        wire = formats_of(fixed_wire(self.wire.setting) or Wire())
+        host = SplitHost(rpc=layout.rpc_version, weights=weights, push=self._push, pool=pool, wire=wire)
         names: dict[str, NodeId] = {}
         for share in layout.workers:
             name = f"{self._display.name_of(share.node)} ({share.node[:8]})"
@@ -180,7 +233,10 @@ class SplitHostService:
         session = HostSession(layout, host, endpoints, names, tokens, facts, loading, weights, pool)
         self.session = session
         session.all.append(session)
-        self._watching = self._scope.spawn(loading.watch(host.stats), "watch")
+        self._watching = [
+            self._scope.spawn(loading.watch(host.stats), "watch"),
+            self._scope.spawn(self._settle_wire(session, model), "wire"),
+        ]
         return session
 
     async def open_another(self, session: HostSession) -> HostSession:
@@ -189,7 +245,9 @@ class SplitHostService:
         Raises MeshError. No worker is reported for that: the others go on with it.
         """
         layout = session.layout
-        host = SplitHost(rpc=layout.rpc_version, weights=session.weights, push=self._push, pool=session.pool)
+        host = SplitHost(
+            rpc=layout.rpc_version, weights=session.weights, push=self._push, pool=session.pool, wire=session.host.wire
+        )
         targets = self._targets(session.names, session.facts.name, layout.term)
         try:
             endpoints = await host.start(targets, sockets=await self._sockets())
@@ -198,6 +256,8 @@ class SplitHostService:
             raise
         another = replace(session, host=host, endpoints=endpoints)
         session.all.append(another)
+        # It may have been chosen meanwhile.
+        host.use(session.host.wire)
         return another
 
     def _targets(self, names: Mapping[str, NodeId], model: ModelName, term: int) -> list[WorkerTarget]:
@@ -211,6 +271,30 @@ class SplitHostService:
             )
             for name, node in names.items()
         ]
+
+    def wire_of(self, model: ModelName) -> str:
+        """How the activations of a model that is split here travel, in words; empty for other models."""
+        session = self.session
+        return session.wire.text if session is not None and session.facts.name == model else ""
+
+    async def _settle_wire(self, session: HostSession, model: ModelName) -> None:
+        """Choose with `auto`, and tell the user of what is not as they would expect it.
+
+        Links are measured when the weights are there: before, these are on the way.
+        """
+        await session.loading.loaded()
+        level, why = NoticeLevel.INFO, f"{model}: "
+        if fixed_wire(self.wire.setting) is None:
+            wire = formats_of(await self.wire.choose(session.facts, session.layout))
+            for one in session.all:
+                one.host.use(wire)
+            why = f"A link between the nodes of {model} is slow: "
+        text = f"{why}activations travel as {session.wire_text}. "
+        if session.host.unable:
+            level, text = NoticeLevel.WARNING, f"{text}Install the same version on all nodes. "
+        if any(session.host.wire):
+            text += "Answers may differ from those with --wire f32."
+            self.wire.notify(Notice(level=level, code="split_wire", text=text, about=model))
 
     async def broken(self, session: HostSession, model: ModelName) -> MeshError:
         """Wait until a session cannot continue, and report the failed worker to the core. Returns the reason."""
@@ -227,8 +311,8 @@ class SplitHostService:
         if self.session is session:
             # Others over the same workers go on.
             self.session = session.all[0] if session.all else None
-            if self._watching is not None:
-                self._watching.cancel()
+            for task in self._watching:
+                task.cancel()
         await session.host.close()
         await self._digests.keep()
 

@@ -358,6 +358,7 @@ def split_status(
         measured_tps=speed or None,
         predicted_prompt_tps=read.predicted,
         measured_prompt_tps=read.measured,
+        wire=mine.wire_text if mine is not None else "",
     )
 
 

@@ -290,7 +290,8 @@ def test_how_a_model_is_shared() -> None:
     split = to_settings(parse("--split", "--tensor-split", "2,1,0.5", "--max-rtt", "30")).split
     assert (split.asked, split.shares, split.max_rtt_ms) == (True, (2.0, 1.0, 0.5), 30.0)
     split = to_settings(parse()).split
-    assert (split.asked, split.shares, split.max_rtt_ms) == (False, (), 80.0)
+    assert (split.asked, split.shares, split.max_rtt_ms, split.wire) == (False, (), 80.0, "auto")
+    assert to_settings(parse("--wire", "q8")).split.wire == "q8"
 
 
 @pytest.mark.parametrize("shares", ["1", "a,b", "1,-1", "1,0", "nan,1", "1,inf", ",".join(["1"] * 17)])

@@ -96,6 +96,10 @@ def test_a_split_model_is_told_with_who_computes_what() -> None:
     assert "9.5 predicted, prompts 120 tokens/s, 150 predicted, 2.0 round trips a token" in both
     first = msgspec.structs.replace(split, predicted_prompt_tps=150.0)
     assert "9.5 predicted, prompts 150 predicted, 2.0 round" in render(msgspec.structs.replace(BASE, split=first))
+    assert "Activations" not in text
+    rounded = msgspec.structs.replace(split, wire="f16 for prompts, f32 for tokens")
+    text = render(msgspec.structs.replace(BASE, split=rounded))
+    assert "\nActivations travel as f16 for prompts, f32 for tokens." in text
     assert "desk   host" in text
     assert "shelf  loading, 25 %  5       3.0 GB  2.0 ms  through the host" in text
 

@@ -9,18 +9,20 @@ import pytest
 from tests.support.byte_pipe import pair
 from tests.support.core_values import GB, facts, node_id
 
+from mesh_llm.core.types.effects import Notice
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, SplitFailed
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare
+from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare, Wire
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.daemon.split_host import HostSession, LoadProgress, SplitHostService, split_spec
+from mesh_llm.daemon.split_host import HostSession, LoadProgress, SplitHostService, WireControl, split_spec
 from mesh_llm.daemon.split_worker import PartProgress, SplitDisplay, part_bytes
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.framing import ControlStream
 from mesh_llm.split.host.tunnel import unlimited
 from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
+from mesh_llm.wire.ggml_rpc.activations import ALL_FORMATS
 from mesh_llm.wire.ggml_rpc.tunnel import DeviceFacts, Ended, Opened, decode_to_worker
 
 HOST, BAD, OTHER = (NodeId(letter * 64) for letter in "abc")
@@ -104,6 +106,54 @@ async def test_a_worker_that_ends_and_names_another_is_the_one_that_failed() -> 
     assert "machine-c" in error.message
     assert [event.node for event in posted if isinstance(event, SplitFailed)] == [BAD]
     await here.close(session)
+    await here.stop()
+    await scope.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "formats", "status", "header", "said"),
+    [
+        ("f32", ALL_FORMATS, "f32", "f32", ""),
+        ("q8", ALL_FORMATS, "q8", "q8", "big: activations travel as q8. Answers may differ"),
+        ("auto", ALL_FORMATS, "f16 for prompts, f32 for tokens", "f16 for prompts, f32 for tokens", "is slow: "),
+        (
+            "f16",
+            0,
+            "f16; f32 to and from machine-b (bbbbbbbb), machine-c (cccccccc): an older version",
+            "f32",
+            "Install the same version",
+        ),
+    ],
+)
+async def test_how_activations_travel_is_said_and_why_it_is_not_what_was_asked_for(
+    setting: str, formats: int, status: str, header: str, said: str
+) -> None:
+    opened = msgspec.structs.replace(OPENED, formats=formats)
+    scope = TaskScope("test")
+    here = hosting(Net(scope, {BAD: opened, OTHER: opened}), [])
+    notices: list[Notice] = []
+    noticed = asyncio.Event()
+
+    async def choose(_facts: ModelFacts, _layout: SplitLayout) -> Wire:
+        return Wire(prompts="f16")
+
+    def notify(notice: Notice) -> None:
+        notices.append(notice)
+        noticed.set()
+
+    here.wire = WireControl(setting, choose, notify)
+    session = await here.open(plan(), Path("big.gguf"), split_facts(), 0)
+    assert session.wire_text.startswith("f32" if setting == "auto" else status)
+    session.loading.ready()
+    if said:
+        async with asyncio.timeout(30):
+            await noticed.wait()
+    assert session.wire_text.startswith(status)
+    assert here.wire_of(MODEL) == header
+    assert here.wire_of(ModelName("other")) == ""
+    assert [said in notice.text for notice in notices] == [True] * bool(said)
+    await here.close(session)
+    assert here.wire_of(MODEL) == ""
     await here.stop()
     await scope.close()
 

@@ -78,6 +78,8 @@ export interface StatusSplit {
   measured_tps: number | null;
   predicted_prompt_tps?: number | null;
   measured_prompt_tps?: number | null;
+  /** How activations travel from node to node, in words; empty elsewhere than on the host. */
+  wire?: string;
 }
 
 export interface WaitingNode {
@@ -259,6 +261,7 @@ export interface Plan {
   prompt_tokens?: number;
   prompt_tps?: number | null;
   first_token_s?: number | null;
+  split?: { wire?: string } | null;
   round_trips_per_token: number | null;
   /** What of it runs on the node's processor, beside its GPU. */
   offload: { text: string; gpu: PlanMemory; memory: PlanMemory } | null;

@@ -19,9 +19,8 @@ from mesh_llm.core.performance.prediction import (
     prompt_seconds,
     ring_seconds,
     solo_seconds,
-    split_prompt_seconds,
-    split_seconds,
 )
+from mesh_llm.core.performance.wire import choose_wire, wired_prompt_seconds, wired_seconds
 from mesh_llm.core.placement.fit import DoesNotFit, Memory
 from mesh_llm.core.placement.offload import Pools, offload_memory, plan_launch
 from mesh_llm.core.split.election import Elected, TooSmall, elect
@@ -30,7 +29,7 @@ from mesh_llm.core.split.layout import MemoryOffer, SplitRequest, group_fits, le
 from mesh_llm.core.split.outlook import Candidate, Outlook, outlook
 from mesh_llm.core.types.announcement import MAX_ROUND_TRIP_MS, SplitState
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts, Offload, Speed
+from mesh_llm.core.types.model import AUTO_WIRE, LaunchOptions, LaunchPlan, ModelFacts, Offload, Speed
 
 ANNOUNCED = "told"
 """The basis of a prediction from what machines announce of themselves: each from its probe and its own models."""
@@ -125,6 +124,7 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
         context: tokens for each request.
         slots: requests at once.
         micro_batch: tokens of a prompt that all machines compute at once; 0: as many as usual.
+        wire: how activations would travel, in words, as in `f32` or `f16 for prompts, f32 for tokens`.
         predicted_tps: tokens per second of one request; null where something was not measured.
         basis: as of a machine. `machine`: corrected by split models that the asked node hosted.
         ring_ms: the network's part of each token; null where something was not measured.
@@ -141,6 +141,7 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tps: float | None = None
     first_token_s: float | None = None
     micro_batch: int = 0
+    wire: str = "f32"
 
 
 class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,6 +257,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
         max_rtt_ms: longest round trip within a group.
         split_lag: how many times as long machines were observed to take for a split model's token.
         split_prompt_lag: the same for its prompts.
+        wire: how activations travel: a WireFormat, or `auto`.
         fetch: the argument of `mesh-llm download` for a model that no node has; the asked node then counts as if it
             had the file. Empty where some node has it.
     """
@@ -267,6 +269,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_rtt_ms: float = MAX_ROUND_TRIP_MS
     split_lag: float = 1.0
     split_prompt_lag: float = 1.0
+    wire: str = AUTO_WIRE
     fetch: str = ""
 
     @property
@@ -533,8 +536,9 @@ def _split_answer(request: PlanRequest, plan: LaunchPlan, nodes: Sequence[PlanIn
             )
         )
     ring = ring_seconds(layout, links)
-    seconds = split_seconds(request.facts, layout, speeds, links)
-    prompt = split_prompt_seconds(request.facts, layout, speeds, links)
+    wire = choose_wire(request.wire, request.facts, layout, speeds, links)
+    seconds = wired_seconds(request.facts, layout, speeds, links, wire)
+    prompt = wired_prompt_seconds(request.facts, layout, speeds, links, wire)
     read = None if prompt is None else prompt.total(request.split_prompt_lag)
     return PlanSplit(
         nodes=tuple(parts),
@@ -546,4 +550,5 @@ def _split_answer(request: PlanRequest, plan: LaunchPlan, nodes: Sequence[PlanIn
         prompt_tps=_prompt_rate(read),
         first_token_s=_shown_seconds(read),
         micro_batch=layout.micro_batch,
+        wire=wire.text,
     )

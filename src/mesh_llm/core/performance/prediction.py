@@ -53,7 +53,9 @@ MAX_SEEN = 8
 PROBE, MACHINE, MODEL = "probe", "machine", "model"
 """Where most of a prediction comes from: the probe, other models on this machine, or this very model."""
 
-_FLOAT_BYTES = 4
+FLOAT_BYTES = 4.0
+"""Of an element of an activation, where it travels as it is."""
+
 _OWN_WEIGHT = 4.0
 """Weight of an observation of the model itself, relative to one of another model, or a probe."""
 
@@ -79,7 +81,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     one_way_seconds: float
     bytes_per_second: float = 0.0
 
-    def seconds(self, size: int) -> float:
+    def seconds(self, size: float) -> float:
         """For a message of `size` bytes."""
         return self.one_way_seconds + (size / self.bytes_per_second if self.bytes_per_second else 0.0)
 
@@ -154,9 +156,16 @@ class SplitSeconds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def split_seconds(
-    facts: ModelFacts, layout: SplitLayout, speeds: Mapping[NodeId, Speed], links: Links
+    facts: ModelFacts,
+    layout: SplitLayout,
+    speeds: Mapping[NodeId, Speed],
+    links: Links,
+    element_bytes: float = FLOAT_BYTES,
 ) -> SplitSeconds | None:
-    """Seconds of one token around the layout's ring; None where a machine or a link is not known."""
+    """Seconds of one token around the layout's ring; None where a machine or a link is not known.
+
+    `element_bytes`: of an element of an activation as it travels.
+    """
     ring = _ring(layout, links)
     if ring is None or not facts.active_bytes or not facts.layers:
         return None
@@ -170,14 +179,21 @@ def split_seconds(
         part = share.layers * each + (facts.head_bytes if hosted else 0)
         total += speed.seconds(facts.weight_bits, facts.size_bytes, part, share.layers)
         total += 0.0 if hosted else WORKER_SECONDS
-    message = facts.embedding_length * _FLOAT_BYTES
+    message = facts.embedding_length * element_bytes
     return SplitSeconds(machines=total, network=sum(link.seconds(message) for link in ring))
 
 
 def split_prompt_seconds(
-    facts: ModelFacts, layout: SplitLayout, speeds: Mapping[NodeId, Speed], links: Links, tokens: int = PROMPT_TOKENS
+    facts: ModelFacts,
+    layout: SplitLayout,
+    speeds: Mapping[NodeId, Speed],
+    links: Links,
+    tokens: int = PROMPT_TOKENS,
+    element_bytes: float = FLOAT_BYTES,
 ) -> SplitSeconds | None:
     """Seconds until a ring has read a prompt of `tokens` tokens; None where a machine or a link is not known.
+
+    `element_bytes`: of an element of an activation as it travels.
 
     The first micro-batch passes all machines; the others follow at the pace of the slowest machine or link.
     """
@@ -196,7 +212,7 @@ def split_prompt_seconds(
         # The host hands on what each worker needs, and computes nothing meanwhile.
         beside = TUNNEL_SECONDS * len(layout.workers) if share is layout.host else WORKER_SECONDS
         stages.append(read + beside)
-    token = facts.embedding_length * _FLOAT_BYTES
+    token = facts.embedding_length * element_bytes
     there, back = ring[:-1], ring[-1]
     carried = max((link.seconds(token * together) - link.one_way_seconds for link in there), default=0.0)
     following, slowest = tokens / together - 1.0, max(stages)

@@ -5,7 +5,7 @@ In this order: a model, a machine and its speed, a split model, a launch, ggml's
 
 import math
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -315,6 +315,27 @@ class SplitLayout(msgspec.Struct, frozen=True, kw_only=True):
     def share(self, node: NodeId) -> SplitShare | None:
         """The part of a node, if it has one."""
         return next((share for share in self.shares if share.node == node), None)
+
+
+WireFormat = Literal["f32", "f16", "q8"]
+"""How an activation travels from node to node: as it is, as half precision, or as blocks of eight bits."""
+
+AUTO_WIRE = "auto"
+"""Chosen by what is predicted to be gained (`performance.wire`)."""
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True):
+    """How the activations of a split model travel: those of prompts, and those of single tokens."""
+
+    prompts: WireFormat = "f32"
+    tokens: WireFormat = "f32"
+
+    @property
+    def text(self) -> str:
+        """In words, as in `f16` or `f16 for prompts, f32 for tokens`."""
+        if self.prompts == self.tokens:
+            return self.prompts
+        return f"{self.prompts} for prompts, {self.tokens} for tokens"
 
 
 class Lending(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from mesh_llm.core.types.model import GGML_TYPES
 from mesh_llm.split.firewall.graphs import CheckedGraph, check_graph
 from mesh_llm.split.firewall.memory import Buffer, Buffers, IndexValues, Interval, RefusedError, is_index
+from mesh_llm.wire.ggml_rpc.activations import Format
 from mesh_llm.wire.ggml_rpc.protocol import (
     CHECKED_VERSIONS,
     MAX_SOURCES,
@@ -25,7 +26,7 @@ from mesh_llm.wire.ggml_rpc.protocol import (
 )
 from mesh_llm.wire.ggml_rpc.rules import ALLOWED, RULES
 from mesh_llm.wire.ggml_rpc.rules.rule import overlap
-from mesh_llm.wire.ggml_rpc.tensors import Tensor, operator_name, parse_graph, plain, unpack
+from mesh_llm.wire.ggml_rpc.tensors import F32, Tensor, operator_name, parse_graph, plain, unpack
 from mesh_llm.wire.ggml_rpc.tunnel import MAX_PUSH, Reference, tunnel_bounds
 
 _U64 = struct.Struct("<Q")
@@ -199,6 +200,11 @@ class Firewall:
         if size > MAX_PUSH:
             raise RefusedError(f"{size} bytes to be pushed")
         return size
+
+    def check_rounded(self, tensor: memoryview, kind: Format) -> None:
+        """A tensor's data may come or go in this format: only 32-bit floats may be rounded."""
+        if kind is not Format.F32 and (number := unpack(tensor).type) != F32:
+            raise RefusedError(f"a tensor of type {number} as {kind.name}")
 
     def check_wait(self, tensor: memoryview, offset: int, size: int) -> bool:
         """The SET_TENSOR in a WAIT. True: pass its data to `received` before anything else is checked."""

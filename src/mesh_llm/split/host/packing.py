@@ -1,10 +1,13 @@
-"""Packs what the engine sets in a worker's tensors: inputs such as masks compressed, heads by number."""
+"""Packs what the engine sets in a worker's tensors: inputs such as masks, activations, and heads, which come again."""
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import AsyncIterator
 
 from blake3 import blake3
 
+from mesh_llm.split.activations import pack_activations
+from mesh_llm.wire.ggml_rpc.activations import Format
 from mesh_llm.wire.ggml_rpc.packing import (
     MAX_SET_DATA,
     SMALL_DATA,
@@ -13,7 +16,7 @@ from mesh_llm.wire.ggml_rpc.packing import (
     compress_data,
     is_worth_compressing,
 )
-from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD
+from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD, TENSOR_BYTES
 
 _IN_THREAD = 4 << 20
 """Data of this size and more is compressed beside the event loop: 4 MB take about 5 ms."""
@@ -23,6 +26,13 @@ _SHARED = 16 * 1024
 
 _MAX_REMEMBERED = 16
 """Compressed inputs that are remembered. All workers get those of one batch, one after the other."""
+
+
+_PIECE = 1 << 20
+"""Bytes of activations in one request: the link is busy with one while the next is converted. A whole number of blocks
+of every format."""
+
+_FLAG_END = TENSOR_BYTES + 1
 
 
 class CompressedData:
@@ -62,6 +72,17 @@ class SetPacker:
             if len(packed) < size and len(packed) <= MAX_SET_DATA:
                 return self._set(payload, size, packed, compressed=True)
         return self._set(payload, size, data, compressed=False) if size <= SMALL_DATA else None
+
+    async def pack_activations(self, payload: memoryview, wanted: Format) -> AsyncIterator[PackedSet]:
+        """A SET_TENSOR of activations, in one request or several, each in the wanted format if that can keep it."""
+        data = payload[SET_TENSOR_HEAD:]
+        offset = int.from_bytes(payload[_FLAG_END:SET_TENSOR_HEAD], "little")
+        for at in range(0, len(data), _PIECE):
+            piece = data[at : at + _PIECE]
+            kind, packed = await pack_activations(wanted, piece)
+            head = bytes(payload[:_FLAG_END]) + (offset + at).to_bytes(8, "little")
+            number, known = self._heads.number(head)
+            yield PackedSet(number, b"" if known else head, len(piece), packed, compressed=False, kind=kind)
 
     def _set(self, payload: memoryview, size: int, data: bytes | memoryview, *, compressed: bool) -> PackedSet:
         head = bytes(payload[:SET_TENSOR_HEAD])

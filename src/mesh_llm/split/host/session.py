@@ -21,6 +21,7 @@ from mesh_llm.split.framing import ControlStream
 from mesh_llm.split.host.packing import CompressedData
 from mesh_llm.split.host.transfers import DirectTransfers, HandleLeakedError
 from mesh_llm.split.host.tunnel import HostTunnel, Pace, WorkerContext, unlimited
+from mesh_llm.split.host.wire_formats import LinkFormats
 from mesh_llm.split.host.worker_info import (
     AllocationSizes,
     PairState,
@@ -31,6 +32,7 @@ from mesh_llm.split.host.worker_info import (
 )
 from mesh_llm.split.weights import Weights
 from mesh_llm.wire.codec import encode
+from mesh_llm.wire.ggml_rpc.activations import EXACT, WireFormats
 from mesh_llm.wire.ggml_rpc.protocol import parse_version
 from mesh_llm.wire.ggml_rpc.tunnel import (
     DIGEST_BYTES,
@@ -107,7 +109,15 @@ class SplitEnd:
 class SplitHost:
     """All workers of one engine."""
 
-    def __init__(self, *, rpc: str, weights: Weights | None, push: bool = True, pool: bytes = b"") -> None:
+    def __init__(
+        self,
+        *,
+        rpc: str,
+        weights: Weights | None,
+        push: bool = True,
+        pool: bytes = b"",
+        wire: WireFormats = EXACT,
+    ) -> None:
         """Nothing is started yet.
 
         Args:
@@ -116,6 +126,7 @@ class SplitHost:
             push: let workers send activations to each other.
             pool: SESSION_BYTES that nobody can guess, the same for engines that share their weights; empty for one
                 alone. Start each after the one before has loaded.
+            wire: how activations travel; see `use`.
         """
         self._pool = pool
         self._rpc = rpc
@@ -123,6 +134,7 @@ class SplitHost:
         self._push = push
         self._transfers = DirectTransfers()
         self._compressed = CompressedData()
+        self._formats = LinkFormats(wire)
         self._links: list[WorkerLink] = []
         self._pairs: dict[tuple[int, int], PairState] = {}
         self._scope = TaskScope("split host", self._failed)
@@ -151,7 +163,16 @@ class SplitHost:
             WorkerError: a worker cannot be used; its number is its place among the targets. Everything is closed then.
         """
         self._links = [
-            WorkerLink(number, target, self._transfers, self._compressed, self._failed, self._received, self._pool)
+            WorkerLink(
+                number,
+                target,
+                self._transfers,
+                self._compressed,
+                self._formats,
+                self._failed,
+                self._received,
+                self._pool,
+            )
             for number, target in enumerate(targets)
         ]
         opening = [link.open(self._rpc, self._weights, timeout) for link in self._links]
@@ -172,6 +193,21 @@ class SplitHost:
     def stats(self) -> SplitStats:
         """The traffic so far."""
         return SplitStats({link.name: link.stats.copy() for link in self._links}, list(self._pairs.values()))
+
+    @property
+    def wire(self) -> WireFormats:
+        """How activations travel between all that know it."""
+        return self._formats.wanted
+
+    def use(self, wire: WireFormats) -> None:
+        """Let activations travel so from now on; to and from a worker that does not know it, as they are."""
+        self._formats.wanted = wire
+
+    @property
+    def unable(self) -> tuple[str, ...]:
+        """The workers that do not know what is wanted of activations, by name."""
+        unable = self._formats.unable
+        return tuple(link.name for link in self._links if link.number in unable)
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -264,6 +300,7 @@ class WorkerLink:
         target: WorkerTarget,
         transfers: DirectTransfers,
         compressed: CompressedData,
+        formats: LinkFormats,
         failed: Callable[[BaseException], None],
         received: Callable[["WorkerLink", ToHost], Awaitable[None]],
         pool: bytes = b"",
@@ -284,6 +321,7 @@ class WorkerLink:
         self._pool = pool
         self._transfers = transfers
         self._compressed = compressed
+        self._formats = formats
         self._failed = failed
         self._received = received
         self._scope = TaskScope(f"split {target.name}", lambda error: failed(self.explain(error)))
@@ -314,6 +352,7 @@ class WorkerLink:
             raise self._unusable("did not open a session")
         self.takes_padding = opened.takes_padding
         self.pools = opened.pools
+        self._formats.knows(self.number, opened.formats)
         self.info = self._check(rpc, opened, digests, weights)
 
     def _check(self, rpc: str, opened: Opened, digests: list[bytes], weights: Weights | None) -> WorkerInfo:
@@ -346,6 +385,7 @@ class WorkerLink:
             stats=self.stats,
             open_tunnel=lambda: self._open_stream(TunnelStream(self.session)),
             compressed=self._compressed,
+            formats=self._formats,
             peers=peers,
             pace=self._target.pace,
         )

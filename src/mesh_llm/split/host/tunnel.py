@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.split.activations import unpack_activations
 from mesh_llm.split.framing import BatchWriter, ProtocolError, frame_reader
 from mesh_llm.split.host.packing import CompressedData, SetPacker
 from mesh_llm.split.host.transfers import CopySource, DirectTransfers, Transfer
 from mesh_llm.split.host.weights import HeldTensor, WeightSender
+from mesh_llm.split.host.wire_formats import LinkFormats
 from mesh_llm.split.host.worker_info import MAX_BYTES, WorkerInfo, WorkerStats
+from mesh_llm.wire.ggml_rpc.activations import EXACT, Format, is_whole, packed_size, read_format
 from mesh_llm.wire.ggml_rpc.packing import LEAST_GRAPH, PACKED, PACKED_SET, compress_graph
 from mesh_llm.wire.ggml_rpc.protocol import (
     MAX_PAYLOAD,
@@ -40,7 +43,17 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     rewrite_peer,
 )
 from mesh_llm.wire.ggml_rpc.tensors import graph_identity, graph_structure
-from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, ALLOC_REPLY, PUSH, WAIT, Push, Wait
+from mesh_llm.wire.ggml_rpc.tunnel import (
+    ALLOC,
+    ALLOC_REPLY,
+    MAX_PUSH,
+    PACKED_GET,
+    PUSH,
+    WAIT,
+    PackedGet,
+    Push,
+    Wait,
+)
 
 _READ = 512 * 1024
 _WHOLE = 64 << 20
@@ -77,6 +90,7 @@ class WorkerContext:
         stats: are added to.
         open_tunnel: opens a tunnel stream to it.
         compressed: of the whole engine.
+        formats: of activations, of the whole engine.
         peers: the workers' own endpoints by the engine's, for engines with peer transfers of their own.
         pace: limits the weights that are sent.
     """
@@ -87,6 +101,7 @@ class WorkerContext:
     stats: WorkerStats
     open_tunnel: Callable[[], Awaitable[ByteStream]]
     compressed: CompressedData = field(default_factory=CompressedData)
+    formats: LinkFormats = field(default_factory=lambda: LinkFormats(EXACT))
     peers: Mapping[str, str] = field(default_factory=dict[str, str])
     pace: Pace = unlimited
 
@@ -97,6 +112,7 @@ class _Pending:
 
     Attributes:
         size: bytes that it must have.
+        wanted: how activations in it may travel: then it begins with their format; None without.
         ready: the answer with its header, if it is known already.
         convert: makes the answer from the worker's; None passes it as it is.
         capture: is called with the worker's answer.
@@ -104,10 +120,18 @@ class _Pending:
     """
 
     size: int
+    wanted: Format | None = None
     ready: bytes | None = None
     convert: Callable[[bytes], bytes] | None = None
     capture: Callable[[bytes], None] | None = None
     order: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes that the worker's answer may have."""
+        if self.wanted is None:
+            return (self.size,)
+        return 1 + packed_size(self.wanted, self.size), 1 + self.size
 
 
 class _EngineStream:
@@ -141,6 +165,7 @@ class HostTunnel:
         self._worker = worker
         self._info = worker.info
         self._transfers = worker.transfers
+        self._formats = worker.formats
         self._stats = worker.stats
         self._writer = BatchWriter(self._open, worker.stats.wrote)
         self._weights = WeightSender(worker.info.weights, worker.info.offered, self._writer, worker.stats)
@@ -279,10 +304,12 @@ class HostTunnel:
         size: int,
         convert: Callable[[bytes], bytes] | None = None,
         capture: Callable[[bytes], None] | None = None,
+        wanted: Format | None = None,
     ) -> None:
         self._stats.round_trips += 1
         self._writer.put(frame)
-        self._pending.append(_Pending(size, convert=convert, capture=capture, order=self._transfers.order))
+        order = self._transfers.order
+        self._pending.append(_Pending(size, wanted, convert=convert, capture=capture, order=order))
 
     def _answer(self, payload: bytes) -> None:
         """Answer here; after the answers that the engine already waits for."""
@@ -350,6 +377,12 @@ class HostTunnel:
             return
         # Weights travel as they are: they are dense, and limits of uploads count them.
         packer = None if self._weights.is_weight(payload) else self._packer
+        wanted = self._formats.between_host_and(self._worker.number, payload[:TENSOR_BYTES])
+        if packer is not None and wanted is not Format.F32 and size:
+            async for piece in packer.pack_activations(payload, wanted):
+                self._count(piece.kind, piece.size)
+                self._writer.put(request(PACKED_SET, piece.pack()))
+            return
         packed = None if packer is None else await packer.pack(payload)
         if packed is None:
             self._writer.put(request_.frame)
@@ -363,14 +396,27 @@ class HostTunnel:
             self._push(request_, transfer)
             return
         capture = self._capture(source, bytes(request_.payload)) if source.size <= _MAX_CAPTURE else None
-        self._ask(request_.frame, source.size, capture=capture)
+        wanted = self._formats.between_host_and(self._worker.number, request_.payload[:TENSOR_BYTES])
+        if wanted is Format.F32 or not is_whole(wanted, source.size) or source.size > MAX_PUSH:
+            self._ask(request_.frame, source.size, capture=capture)
+            return
+        get = PackedGet(request_.payload, wanted)
+        self._ask(request(PACKED_GET, get.pack()), source.size, capture=capture, wanted=wanted)
+
+    def _count(self, kind: Format, size: int) -> None:
+        """Activations of so many bytes were to travel in fewer; this is how they did."""
+        if kind is Format.F32:
+            self._stats.unrounded += size
+        else:
+            self._stats.rounded += size
 
     def _capture(self, source: CopySource, head: bytes) -> Callable[[bytes], None]:
         return lambda content: self._transfers.answered(source, head, content)
 
     def _push(self, request_: Request, transfer: Transfer) -> None:
         self._stats.pushed += 1
-        push = Push(request_.payload, transfer.counter, transfer.tag, transfer.worker)
+        wanted = self._formats.between(self._worker.number, transfer.worker, request_.payload[:TENSOR_BYTES])
+        push = Push(request_.payload, transfer.counter, transfer.tag, transfer.worker, wanted)
         self._writer.put(request(PUSH, push.pack()))
         self._writer.flush()
         self._answer(transfer.handle)
@@ -415,21 +461,24 @@ class HostTunnel:
             raise ProtocolError("the worker answered what was not asked")
         pending = self._pending[0]
         if part.first:
-            if pending.size != part.size:
-                raise ProtocolError(f"the worker answered with {part.size} bytes, not {pending.size}")
+            if part.size not in pending.sizes:
+                sizes = " or ".join(map(str, pending.sizes))
+                raise ProtocolError(f"the worker answered with {part.size} bytes, not {sizes}")
             await self._transfers.settled(pending.order, _HANDLE_SECONDS)
-        gather = pending.convert is not None or pending.size <= _GATHER
+        read = pending.convert is not None or pending.wanted is not None
+        gather = read or pending.size <= _GATHER
         if gather or pending.capture is not None:
             caught.append(part.frame)
         if part.last:
             frame = b"".join(caught)
             caught.clear()
+            if read:
+                frame = reply(await self._read(pending, frame[REPLY_HEADER.size :]))
             if pending.capture is not None:
                 # Before the engine can act on the answer.
                 pending.capture(frame[REPLY_HEADER.size :])
             if gather:
-                converted = None if pending.convert is None else reply(pending.convert(frame[REPLY_HEADER.size :]))
-                await self._engine.write(converted or frame)
+                await self._engine.write(frame)
         if not gather:
             await self._engine.write(bytes(part.frame))
         if part.last:
@@ -438,3 +487,16 @@ class HostTunnel:
             while self._pending and (known := self._pending[0].ready) is not None:
                 await self._engine.write(known)
                 self._pending.popleft()
+
+    async def _read(self, pending: _Pending, answer: bytes) -> bytes:
+        """The engine's answer from the worker's. Raises ProtocolError."""
+        if pending.wanted is not None:
+            try:
+                kind = read_format(answer[0])
+                if kind not in {pending.wanted, Format.F32}:
+                    raise ProtocolError(f"the worker answered as {kind.name}, which it was not asked for")
+                answer = bytes(await unpack_activations(kind, memoryview(answer)[1:], pending.size))
+            except FrameError as error:
+                raise ProtocolError(f"the worker answered with {error}") from None
+            self._count(kind, pending.size)
+        return answer if pending.convert is None else pending.convert(answer)

@@ -121,6 +121,8 @@ class WorkerStats:
         weight_bytes_filled: referenced weights that the worker has read from its own disk so far.
         graphs: whole graphs sent.
         packed: data that travelled compressed, unpacked bytes.
+        rounded: activations that travelled in fewer bytes to this worker or back, unpacked bytes.
+        unrounded: activations that the wanted format could not keep, bytes.
         pushed: tensors that went to another worker directly.
         relayed: tensors of another worker that went through the host.
         rescued: pushed tensors that did not arrive, and then went through the host.
@@ -140,6 +142,8 @@ class WorkerStats:
     weight_bytes_filled: int = 0
     graphs: int = 0
     packed: int = 0
+    rounded: int = 0
+    unrounded: int = 0
     pushed: int = 0
     relayed: int = 0
     rescued: int = 0

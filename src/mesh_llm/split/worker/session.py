@@ -13,6 +13,7 @@ import structlog
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
+from mesh_llm.split.activations import unpack_activations
 from mesh_llm.split.firewall.memory import RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.framing import ControlStream, ExactReader, ProtocolError, is_paced
@@ -24,6 +25,7 @@ from mesh_llm.split.worker.transfers import READY, ForgedError, OpenPush, PushSe
 from mesh_llm.split.worker.tunnel import WAIT_SECONDS, SessionContext, WorkerTunnel
 from mesh_llm.split.worker.weights import WeightCache, WeightRecorder
 from mesh_llm.wire.codec import Malformed
+from mesh_llm.wire.ggml_rpc.activations import ALL_FORMATS, Format, packed_size
 from mesh_llm.wire.ggml_rpc.protocol import CHECKED_VERSIONS, FrameError, Version
 from mesh_llm.wire.ggml_rpc.tunnel import (
     MAX_PADDING,
@@ -46,6 +48,7 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     decode_to_worker,
     decode_tunnel_stream,
     pieces,
+    read_push_header,
 )
 
 _log = structlog.get_logger(__name__)
@@ -221,6 +224,7 @@ class WorkerSession:
             takes_padding=True,
             unpacks_sets=True,
             pools=self._pool is not None,
+            formats=ALL_FORMATS,
         )
 
     def _check_version(self, value: Open) -> None:
@@ -374,18 +378,26 @@ class WorkerSession:
         assert self._inbox is not None  # noqa: S101 - ready
         pieces = ExactReader(stream)
         while (head := await pieces.exactly(PUSH_HEADER.size)) is not None:
-            counter, tag, size = PUSH_HEADER.unpack(head)
+            try:
+                counter, tag, size, kind = read_push_header(head)
+                travels = packed_size(kind, size)
+            except FrameError as error:
+                raise ForgedError(str(error)) from None
             if size > MAX_PUSH:
                 raise ForgedError(f"{size} bytes pushed")
             if counter == PADDING:
-                if size > MAX_PADDING or tag != bytes(TAG_BYTES):
+                if size > MAX_PADDING or tag != bytes(TAG_BYTES) or kind is not Format.F32:
                     raise ForgedError(f"{size} bytes of padding")
                 await pieces.exactly(size)
                 continue
             # Until there is room, nothing more is read, and the sender's writes wait.
             await self._inbox.admit(counter, tag, size)
             try:
-                data = await pieces.exactly(size)
+                packed = await pieces.exactly(travels)
+                data = None if packed is None else await unpack_activations(kind, packed, size)
+            except FrameError as error:
+                self._inbox.drop(counter)
+                raise ForgedError(str(error)) from None
             except BaseException:
                 self._inbox.drop(counter)
                 raise

@@ -10,7 +10,8 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.split.framing import is_paced
 from mesh_llm.wire.codec import encode
-from mesh_llm.wire.ggml_rpc.tunnel import MAX_PADDING, PADDING, PUSH_HEADER, TAG_BYTES, Peer, TunnelStream, push_tag
+from mesh_llm.wire.ggml_rpc.activations import Data, Format
+from mesh_llm.wire.ggml_rpc.tunnel import MAX_PADDING, PADDING, TAG_BYTES, Peer, TunnelStream, push_header, push_tag
 
 MAX_BYTES = 256 << 20
 """Of all transfers that are held or on their way; the one that is asked for next may come on top of it."""
@@ -211,17 +212,22 @@ class PushSender:
         if peer.takes_padding and is_paced(stream):
             self._paddings[peer.index] = WindowPadding()
 
-    async def send(self, peer: int, counter: int, tag: bytes, data: bytes) -> None:
-        """Send one tensor. Raises ConnectionError; the tensor may have arrived all the same."""
+    async def send(
+        self, peer: int, counter: int, tag: bytes, data: Data, kind: Format = Format.F32, size: int = 0
+    ) -> None:
+        """Send one tensor, in a format; then `size` is of the unpacked data.
+
+        Raises ConnectionError; the tensor may have arrived all the same.
+        """
         stream = self._streams.get(peer)
         if stream is None:
             raise ConnectionError("there is no stream to it")
         window = self._paddings.get(peer)
         padding = 0 if window is None else window.padding(len(data), asyncio.get_running_loop().time())
         try:
-            await stream.write(PUSH_HEADER.pack(counter, tag, len(data)) + data)
+            await stream.write(push_header(counter, tag, size or len(data), kind) + data)
             if padding:
-                await stream.write(PUSH_HEADER.pack(PADDING, bytes(TAG_BYTES), padding) + bytes(padding))
+                await stream.write(push_header(PADDING, bytes(TAG_BYTES), padding) + bytes(padding))
         except ConnectionError:
             stream.abort()
             if self._streams.get(peer) is stream:

@@ -9,6 +9,7 @@ from blake3 import blake3
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.split.activations import pack_activations, unpack_activations
 from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.framing import frame_reader
@@ -46,9 +47,11 @@ from mesh_llm.wire.ggml_rpc.tensors import unpack
 from mesh_llm.wire.ggml_rpc.tunnel import (
     ALLOC,
     ALLOC_REPLY,
+    PACKED_GET,
     PUSH,
     REFERENCE,
     WAIT,
+    PackedGet,
     Push,
     Reference,
     Undelivered,
@@ -138,6 +141,7 @@ class WorkerTunnel:
             ALLOC: self._allocate,
             PACKED: self._packed,
             PACKED_SET: self._packed_set,
+            PACKED_GET: self._packed_get,
         }
 
     async def run(self) -> None:
@@ -295,6 +299,18 @@ class WorkerTunnel:
             await self._server.pass_answer(part, self._stream, header=False)
         await self._session.answered(size)
 
+    async def _packed_get(self, payload: memoryview) -> None:
+        """PACKED_GET: answer with a tensor in the wanted format, if that can keep it."""
+        asked = PackedGet.unpack(payload)
+        size = self._firewall.check_push(asked.get)
+        self._firewall.check_rounded(asked.get, asked.wanted)
+        self._out.append(request(Command.GET_TENSOR, bytes(asked.get)))
+        await self._flush()
+        await self._pushes_are_read.wait()
+        kind, packed = await pack_activations(asked.wanted, await self._server.answer(size))
+        await self._stream.write(reply(bytes((kind,)) + packed))
+        await self._session.answered(len(packed))
+
     async def _allocate(self, payload: memoryview) -> None:
         """ALLOC: a buffer and its address. Above the limit, answer like an rpc-server that has no memory left."""
         size = self._firewall.check_allocation(payload)
@@ -376,8 +392,12 @@ class WorkerTunnel:
         """PACKED_SET: a SET_TENSOR, which is processed as if it had come as such, whole or in parts by its size."""
         packed = PackedSet.unpack(payload)
         head = self._heads.head(packed)
+        self._firewall.check_rounded(memoryview(head), packed.kind)
         size = SET_TENSOR_HEAD + packed.size
-        parts = unpack_data(packed.data, packed.size) if packed.compressed else iter((packed.data,))
+        if packed.compressed:
+            parts = unpack_data(packed.data, packed.size)
+        else:
+            parts = iter((await unpack_activations(packed.kind, packed.data, packed.size),))
         if size <= _WHOLE:
             frame = b"".join((REQUEST_HEADER.pack(Command.SET_TENSOR, size), head, *parts))
             await self._request(Request(Command.SET_TENSOR, memoryview(frame)))
@@ -406,6 +426,7 @@ class WorkerTunnel:
         """
         push = Push.unpack(payload)
         size = self._firewall.check_push(push.get)
+        self._firewall.check_rounded(push.get, push.wanted)
         self._out.append(request(Command.GET_TENSOR, bytes(push.get)))
         await self._flush()
         # Until the rpc-server has answered this, it answers nothing else.
@@ -420,8 +441,9 @@ class WorkerTunnel:
             self._unread_pushes -= 1
             if not self._unread_pushes:
                 self._pushes_are_read.set()
+            kind, packed = await pack_activations(push.wanted, data)
             try:
-                await self._session.pushes.send(push.peer, push.counter, push.tag, data)
+                await self._session.pushes.send(push.peer, push.counter, push.tag, packed, kind, size)
             except ConnectionError:
                 await self._session.undelivered(Undelivered(push.peer, push.counter, push.tag, memoryview(data)))
             self._pushes.task_done()

@@ -1,4 +1,4 @@
-"""Requests of ggml's RPC in fewer bytes, without loss: PACKED for graphs, PACKED_SET for what the host sets.
+"""Requests of ggml's RPC in fewer bytes: PACKED for graphs, PACKED_SET for what the host sets.
 
 A graph's tensors differ in few bytes: the payload of PACKED is the graph's length as u64, little-endian, then the graph
 in zlib's format.
@@ -9,8 +9,9 @@ core). The payload of PACKED_SET, little-endian:
 
     u8 flags | u8 number | u32 size | 305 bytes of head, with flag 1 | data
 
-With flag 1 the receiver keeps the head under its number; without, the head is the one that it keeps there. With flag 2
-the data is in zlib's format, and `size` bytes when unpacked; without, it is `size` bytes as they are.
+With flag 1 the receiver keeps the head under its number; without, the head is the one that it keeps there. `size` is of
+the unpacked data. With flag 2 the data is in zlib's format, with flag 4 activations as F16, with flag 8 as Q8 (see
+`activations`), at most one of these; without, it is as it is. Only activations lose something.
 """
 
 import struct
@@ -19,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from mesh_llm.wire.ggml_rpc.activations import Format, packed_size
 from mesh_llm.wire.ggml_rpc.protocol import MAX_GRAPH, SET_TENSOR_HEAD, FrameError, SizeBounds
 
 PACKED = 204
@@ -65,6 +67,8 @@ SMALL_DATA = 64 * 1024
 _SET = struct.Struct("<BBI")
 SET_BOUNDS = SizeBounds(_SET.size, _SET.size + SET_TENSOR_HEAD + MAX_SET_DATA)
 _NEW_HEAD, _COMPRESSED = 1, 2
+_FORMATS = {0: Format.F32, 4: Format.F16, 8: Format.Q8}
+_FLAGS = {kind: flag for flag, kind in _FORMATS.items()}
 _SET_LEVEL = 1
 _SAMPLES = 64
 _GOLDEN = 0.618
@@ -83,6 +87,7 @@ class PackedSet(NamedTuple):
         size: bytes of its data.
         data: as it travels.
         compressed: `data` is in zlib's format.
+        kind: the format of activations.
     """
 
     number: int
@@ -90,10 +95,11 @@ class PackedSet(NamedTuple):
     size: int
     data: bytes | memoryview
     compressed: bool
+    kind: Format = Format.F32
 
     def pack(self) -> bytes:
         """The request's payload."""
-        flags = (_NEW_HEAD if self.head else 0) | (_COMPRESSED if self.compressed else 0)
+        flags = (_NEW_HEAD if self.head else 0) | (_COMPRESSED if self.compressed else 0) | _FLAGS[self.kind]
         return b"".join((_SET.pack(flags, self.number, self.size), self.head, self.data))
 
     @staticmethod
@@ -101,12 +107,13 @@ class PackedSet(NamedTuple):
         """Read a payload that is within SET_BOUNDS. Raises FrameError."""
         flags, number, size = _SET.unpack_from(payload)
         at = _SET.size + (SET_TENSOR_HEAD if flags & _NEW_HEAD else 0)
-        if flags & ~(_NEW_HEAD | _COMPRESSED) or size > MAX_SET or len(payload) < at:
+        compressed, kind = bool(flags & _COMPRESSED), _FORMATS.get(flags & ~(_NEW_HEAD | _COMPRESSED))
+        if kind is None or (compressed and kind is not Format.F32) or size > MAX_SET or len(payload) < at:
             raise FrameError(f"a packed tensor with flags {flags}, {size} bytes, in {len(payload)}")
-        data, compressed = payload[at:], bool(flags & _COMPRESSED)
-        if not compressed and len(data) != size:
+        data = payload[at:]
+        if not compressed and len(data) != packed_size(kind, size):
             raise FrameError(f"a packed tensor of {size} bytes in {len(data)}")
-        return PackedSet(number, payload[_SET.size : at], size, data, compressed)
+        return PackedSet(number, payload[_SET.size : at], size, data, compressed, kind)
 
 
 def is_worth_compressing(data: bytes | memoryview) -> bool:

@@ -6,11 +6,13 @@ On a tunnel stream, between ggml's requests:
 - WAIT is a SET_TENSOR whose data comes from another worker.
 - ALLOC allocates a buffer and returns its address in one round trip.
 - PACKED is a compressed graph, PACKED_SET a SET_TENSOR in fewer bytes (see `packing`).
+- PACKED_GET is a GET_TENSOR whose answer may come in fewer bytes (see `activations`): its payload, then u8 format. The
+  answer is u8 format, then the data; the format is the wanted one or F32.
 
 On the control stream of a session: values in MessagePack, framed as in `wire.mesh.frames`.
 
-On a push stream: `u64 counter | 16 byte tag | u64 size | data`, little-endian. The receiver discards padding, which has
-counter 0 and a tag of zeros.
+On a push stream: `u64 counter | 16 byte tag | u56 size | u8 format | data`, little-endian. The size is of the unpacked
+data, and the tag is of it. The receiver discards padding, which has counter 0 and a tag of zeros.
 """
 
 import hashlib
@@ -21,6 +23,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from mesh_llm.wire.codec import decode
+from mesh_llm.wire.ggml_rpc.activations import Bytes, Format, read_format
 from mesh_llm.wire.ggml_rpc.packing import GRAPH_BOUNDS, PACKED, PACKED_SET, SET_BOUNDS
 from mesh_llm.wire.ggml_rpc.protocol import TENSOR_BYTES, SizeBounds
 
@@ -28,6 +31,7 @@ REFERENCE = 200
 PUSH = 201
 WAIT = 202
 ALLOC = 203
+PACKED_GET = 206
 
 DIGEST_BYTES = 32
 SKETCH_BYTES = 8
@@ -54,6 +58,7 @@ ALLOC_REPLY = struct.Struct("<QQQ")
 """Buffer, its size, its first address; all 0 if there is not enough memory."""
 
 PUSH_HEADER = struct.Struct("<Q16sQ")
+_FORMAT_SHIFT = 56
 PADDING = 0
 """The counter of padding. Transfers count from 1."""
 
@@ -65,9 +70,12 @@ def _exactly(size: int) -> SizeBounds:
     return SizeBounds(size, size)
 
 
+_GET_BYTES = TENSOR_BYTES + 16
+_PUSH_BYTES = _GET_BYTES + _PUSH.size
 _BOUNDS = {
     REFERENCE: _exactly(_REFERENCE.size),
-    PUSH: _exactly(TENSOR_BYTES + 16 + _PUSH.size),
+    PUSH: SizeBounds(_PUSH_BYTES, _PUSH_BYTES + 1),
+    PACKED_GET: _exactly(_GET_BYTES + 1),
     WAIT: _exactly(TENSOR_BYTES + _WAIT.size),
     ALLOC: _exactly(12),
     PACKED: GRAPH_BOUNDS,
@@ -101,21 +109,55 @@ class Reference(NamedTuple):
 
 
 class Push(NamedTuple):
-    """A GET_TENSOR whose answer goes to worker number `peer`, marked with `counter` and `tag`."""
+    """A GET_TENSOR whose answer goes to worker number `peer`, marked with `counter` and `tag`.
+
+    `wanted`: how it travels, if that can keep it. A byte behind the rest names it, unless it is F32.
+    """
 
     get: memoryview
     counter: int
     tag: bytes
     peer: int
+    wanted: Format = Format.F32
 
     def pack(self) -> bytes:
         """The request's payload."""
-        return bytes(self.get) + _PUSH.pack(self.counter, self.tag, self.peer)
+        wanted = bytes((self.wanted,)) if self.wanted is not Format.F32 else b""
+        return bytes(self.get) + _PUSH.pack(self.counter, self.tag, self.peer) + wanted
 
     @staticmethod
     def unpack(payload: memoryview) -> "Push":
-        """Read a payload of the right size."""
-        return Push(payload[: TENSOR_BYTES + 16], *_PUSH.unpack_from(payload, TENSOR_BYTES + 16))
+        """Read a payload of the right size. Raises FrameError."""
+        wanted = read_format(payload[_PUSH_BYTES]) if len(payload) > _PUSH_BYTES else Format.F32
+        counter, tag, peer = _PUSH.unpack_from(payload, _GET_BYTES)
+        return Push(payload[:_GET_BYTES], counter, tag, peer, wanted)
+
+
+class PackedGet(NamedTuple):
+    """A GET_TENSOR whose answer may come in the wanted format."""
+
+    get: memoryview
+    wanted: Format
+
+    def pack(self) -> bytes:
+        """The request's payload."""
+        return bytes(self.get) + bytes((self.wanted,))
+
+    @staticmethod
+    def unpack(payload: memoryview) -> "PackedGet":
+        """Read a payload of the right size. Raises FrameError."""
+        return PackedGet(payload[:_GET_BYTES], read_format(payload[_GET_BYTES]))
+
+
+def push_header(counter: int, tag: bytes, size: int, kind: Format = Format.F32) -> bytes:
+    """What comes before `size` bytes of data on a push stream, which travel in a format."""
+    return PUSH_HEADER.pack(counter, tag, size | kind << _FORMAT_SHIFT)
+
+
+def read_push_header(head: Bytes) -> tuple[int, bytes, int, Format]:
+    """Counter, tag, size and format of what comes next on a push stream. Raises FrameError."""
+    counter, tag, size = PUSH_HEADER.unpack(head)
+    return counter, tag, size & ((1 << _FORMAT_SHIFT) - 1), read_format(size >> _FORMAT_SHIFT)
 
 
 class Wait(NamedTuple):
@@ -212,6 +254,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
         takes_padding: the worker accepts padding on its push streams.
         unpacks_sets: the worker accepts PACKED_SET.
         pools: the worker runs further sessions of the same pool beside this one.
+        formats: of activations, beside F32, that the worker reads and writes: a bit for each.
     """
 
     rpc: Annotated[str, msgspec.Meta(max_length=32)]
@@ -222,6 +265,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag=2):
     takes_padding: bool = False
     unpacks_sets: bool = False
     pools: bool = False
+    formats: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True, tag=3):

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 from tests.support.core_values import GB, facts, node_id
 
-from mesh_llm.core.performance.plan import PlanInput, PlanRequest, make_plan
+from mesh_llm.core.performance.plan import PlanInput, PlanRequest, PlanSplit, make_plan
 from mesh_llm.core.performance.prediction import (
     CROSSING_SECONDS,
     ENGINE_SECONDS,
@@ -101,6 +101,23 @@ def test_or_split_where_it_fits_nobody_alone() -> None:
     small = make_plan(PlanRequest(facts=BIG), processors, links(2))
     assert small.split is not None
     assert small.split.micro_batch == MOST_PIPELINED_TOKENS
+
+
+def test_a_split_over_slow_links_is_planned_with_rounded_activations() -> None:
+    slow = {ends: Link(one_way_seconds=0.005, bytes_per_second=1e5) for ends in links(2)}
+    machines = [machine(n, 7.0) for n in (1, 2)]
+
+    def planned(wire: str, ways: dict[tuple[NodeId, NodeId], Link]) -> PlanSplit:
+        found = make_plan(PlanRequest(facts=BIG, wire=wire), machines, ways).split
+        assert found is not None
+        return found
+
+    assert planned("auto", links(2)).wire == "f32"
+    # How fast these machines read prompts is not known.
+    assert planned("auto", slow).wire == "f32 for prompts, f16 for tokens"
+    speeds = [planned(wire, slow).predicted_tps or 0.0 for wire in ("f32", "f16", "q8")]
+    assert speeds[0] < speeds[1] < speeds[2]
+    assert planned("auto", slow).predicted_tps == speeds[1]
 
 
 def test_what_does_not_fit_says_what_is_missing() -> None:

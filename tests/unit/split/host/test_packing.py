@@ -2,10 +2,12 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from mesh_llm.split.host import packing
 from mesh_llm.split.host.packing import CompressedData, SetPacker
+from mesh_llm.wire.ggml_rpc.activations import Format, unpack
 from mesh_llm.wire.ggml_rpc.packing import SMALL_DATA, KeptHeads, PackedSet, unpack_data
 from mesh_llm.wire.ggml_rpc.protocol import SET_TENSOR_HEAD
 from mesh_llm.wire.ggml_rpc.tensors import plain
@@ -44,6 +46,31 @@ async def test_large_activations_travel_as_they_are_and_small_ones_without_their
         assert packed is not None
         assert not packed.compressed
         assert len(packed.pack()) == 6 + len(token) + (0 if known else SET_TENSOR_HEAD)
+
+
+@pytest.mark.parametrize("wanted", [Format.F16, Format.Q8])
+async def test_activations_travel_in_pieces_that_a_worker_sets_one_after_the_other(wanted: Format) -> None:
+    values = np.linspace(-3.0, 3.0, 700_000 // 32 * 32, dtype="<f4")
+    # One piece has a number that half precision does not have: only that one travels as it is.
+    values[300_000] = 1e6
+    data = values.tobytes()
+    packer, kept = SetPacker(CompressedData()), KeptHeads()
+    address, offset = 0x1000, 64
+    one = memoryview(plain(0, (1 << 20, 1, 1, 1), 7, address).pack() + b"\0" + offset.to_bytes(8, "little") + data)
+    kinds: list[Format] = []
+    whole = bytearray(len(data))
+    async for piece in packer.pack_activations(one, wanted):
+        read = PackedSet.unpack(memoryview(piece.pack()))
+        head = kept.head(read)
+        assert head[:-8] == bytes(one[: SET_TENSOR_HEAD - 8])
+        at = int.from_bytes(head[-8:], "little") - offset
+        whole[at : at + read.size] = unpack(read.kind, read.data, read.size)
+        kinds.append(read.kind)
+    assert kinds == [wanted, wanted if wanted is Format.Q8 else Format.F32, wanted]
+    back = np.frombuffer(whole, dtype="<f4")
+    far = np.abs(back - values) > 0.02
+    # In eight bits, a block is as coarse as its largest number.
+    assert far.sum() <= (32 if wanted is Format.Q8 else 0)
 
 
 async def test_an_input_of_several_workers_is_compressed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from mesh_llm.split.framing import ControlStream, ProtocolError
 from mesh_llm.split.host.session import SplitEnd, SplitHost, WorkerError, WorkerTarget
 from mesh_llm.split.host.transfers import DirectTransfers
 from mesh_llm.split.host.tunnel import HostTunnel, WorkerContext
+from mesh_llm.split.host.wire_formats import LinkFormats
 from mesh_llm.split.host.worker_info import WorkerInfo, WorkerStats
+from mesh_llm.wire.ggml_rpc.activations import ALL_FORMATS, EXACT, Format, WireFormats
 from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, V8, Command, reply, request
 from mesh_llm.wire.ggml_rpc.tensors import plain
 from mesh_llm.wire.ggml_rpc.tunnel import (
@@ -116,7 +118,26 @@ async def test_a_tensors_size_that_would_end_the_engine_is_not_passed_on(scope: 
     assert "for a tensor" in await refused_answer(scope, asked, struct.pack("<Q", 1 << 63))
 
 
-async def refused_answer(scope: TaskScope, asked: bytes, answer: bytes) -> str:
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b"\x02" + bytes(128), "Q8, which it was not asked for"),
+        (b"\x03" + bytes(128), "format 3"),
+        (b"\x01" + b"\xff" * 128, "no finite numbers"),
+        (b"\x00" + bytes(128), "256 bytes of activations in 128"),
+        (b"\x01" + bytes(127), "128 bytes, not 129 or 257"),
+        (bytes(256), "256 bytes, not 129 or 257"),
+    ],
+)
+async def test_activations_come_as_they_were_asked_for(scope: TaskScope, answer: bytes, why: str) -> None:
+    formats = LinkFormats(WireFormats(Format.F16, Format.F16))
+    formats.knows(0, ALL_FORMATS)
+    tensor = plain(0, (64, 1, 1, 1), 7, 0x1000, b"l_out-3").pack()
+    asked = request(Command.GET_TENSOR, tensor + struct.pack("<QQ", 0, 256))
+    assert why in await refused_answer(scope, asked, answer, formats)
+
+
+async def refused_answer(scope: TaskScope, asked: bytes, answer: bytes, formats: LinkFormats | None = None) -> str:
     """Why a connection ends when the worker answers its engine's request so; the engine gets nothing of the answer."""
     engine, client = pair()
     tunnel, worker = pair()
@@ -126,8 +147,9 @@ async def refused_answer(scope: TaskScope, asked: bytes, answer: bytes) -> str:
 
     facts = WorkerInfo(V8, OPENED.devices)
     context = WorkerContext(
-        number=0, info=facts, transfers=DirectTransfers(), stats=WorkerStats(), open_tunnel=open_tunnel
-    )
+        number=0, info=facts, transfers=DirectTransfers(), stats=WorkerStats(), open_tunnel=open_tunnel,
+        formats=formats or LinkFormats(EXACT),
+    )  # fmt: skip
     connection = HostTunnel(1, client, context)
     ending = scope.spawn(_ending(connection), "connection")
     await engine.write(asked)

@@ -4,6 +4,7 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 from tests.support.byte_pipe import End, Pipe, pair
 
@@ -14,6 +15,7 @@ from mesh_llm.split.worker import transfers as transfers_module
 from mesh_llm.split.worker.session import SplitWorker, WorkerServices, WorkerSession
 from mesh_llm.split.worker.transfers import READY
 from mesh_llm.wire.codec import encode
+from mesh_llm.wire.ggml_rpc.activations import Format, pack
 from mesh_llm.wire.ggml_rpc.protocol import REPLY_SIZES, REQUEST_HEADER, V8, Command, hello_reply, reply
 from mesh_llm.wire.ggml_rpc.tunnel import (
     KEY_BYTES,
@@ -26,6 +28,7 @@ from mesh_llm.wire.ggml_rpc.tunnel import (
     TunnelStream,
     Undelivered,
     decode_to_host,
+    push_header,
     push_tag,
 )
 
@@ -183,6 +186,42 @@ async def test_a_stream_that_ends_within_a_transfer_gives_its_room_back(lab: Lab
         await here.finish()
     other = await lab.push(*range(10, 14))
     assert await still(other.writes) >= 4 * PIECE
+
+
+@pytest.mark.parametrize("wanted", [Format.F32, Format.F16, Format.Q8])
+async def test_a_transfer_is_kept_as_it_was_whatever_its_format(lab: Lab, wanted: Format) -> None:
+    here, there = pair()
+    lab.scope.spawn(lab.session.serve_push(there), "push")
+    assert await here.read(1) == READY
+    data = struct.pack("<64f", *range(64))
+    kind, packed = pack(wanted, data)
+    assert kind is wanted
+    await here.write(push_header(1, push_tag(KEY, 1, len(data)), len(data), kind) + packed)
+    inbox = lab.session._inbox
+    assert inbox is not None
+    got = np.frombuffer(await inbox.take(1, len(data), 5.0), dtype="<f4")
+    assert np.abs(got - np.arange(64)).max() < 0.3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        PUSH_HEADER.pack(1, push_tag(KEY, 1, 128), 128 | 9 << 56) + bytes(128),
+        push_header(1, push_tag(KEY, 1, 100), 100, Format.Q8) + bytes(100),
+        push_header(1, push_tag(KEY, 1, 128), 128, Format.F16) + b"\xff" * 64,
+        push_header(1, push_tag(KEY, 1, 64), 128, Format.F16) + bytes(64),
+        push_header(0, bytes(16), 128, Format.F16) + bytes(64),
+    ],
+)
+async def test_what_no_worker_pushes_ends_its_stream_and_not_the_session(lab: Lab, bad: bytes) -> None:
+    here, there = pair()
+    serving = lab.scope.spawn(lab.session.serve_push(there), "push")
+    assert await here.read(1) == READY
+    await here.write(bad)
+    await asyncio.wait_for(serving, 5.0)
+    assert not lab.life.done()
+    good = await lab.push(2)
+    assert await still(good.writes) >= PIECE
 
 
 async def test_a_host_names_no_more_peers_than_a_split_has(lab: Lab) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import struct
 import threading
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.worker import tunnel as tunnel_module
 from mesh_llm.split.worker.tunnel import SessionContext, WorkerTunnel
+from mesh_llm.wire.ggml_rpc.activations import Format, pack
 from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET, PackedSet, compress_data, compress_graph
 from mesh_llm.wire.ggml_rpc.protocol import (
     REQUEST_HEADER,
@@ -22,10 +24,11 @@ from mesh_llm.wire.ggml_rpc.protocol import (
     V8,
     Command,
     FrameError,
+    reply,
     request,
 )
 from mesh_llm.wire.ggml_rpc.tensors import Graph, pack_graph, plain
-from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, PUSH, Push
+from mesh_llm.wire.ggml_rpc.tunnel import ALLOC, PACKED_GET, PUSH, PackedGet, Push
 
 PLACE = Place([Buffer(0x5000_0000, 0x7000_0000_0000, SIZES[0])])
 
@@ -237,6 +240,85 @@ async def test_a_packed_tensor_is_checked_as_a_plain_one() -> None:
         with pytest.raises(FrameError):
             await connection(request(PACKED_SET, broken.pack()), server, Firewall(V8, 1, 1 << 30)).run()
         assert not server.got
+
+
+class Holding(Server):
+    """An rpc-server whose tensors all are these bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self._data = data
+
+    async def answer(self, size: int) -> bytes:
+        assert size == len(self._data)
+        return self._data
+
+
+class Writing(Stream):
+    """Keeps what is written to the host."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.sent = b""
+
+    async def write(self, data: bytes) -> None:
+        self.sent += data
+
+
+@pytest.mark.parametrize("wanted", [Format.F16, Format.Q8])
+@pytest.mark.parametrize("largest", [1.0, 1e6])
+async def test_a_tensor_is_answered_in_the_wanted_format_or_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, wanted: Format, largest: float
+) -> None:
+    data = struct.pack("<64f", *([0.25] * 63), largest)
+    buffer = PLACE.buffers[0]
+    tensor = plain(0, (64, 1, 1, 1), buffer.pointer, buffer.base).pack()
+    get = tensor + struct.pack("<QQ", 0, len(data))
+    stream = Writing(request(PACKED_GET, PackedGet(memoryview(get), wanted).pack()))
+    server, told = Holding(data), list[int]()
+
+    async def answered(size: int) -> None:
+        told.append(size)
+
+    tunnel = connection(b"", server, Firewall(V8, 1, 1 << 30))
+    monkeypatch.setattr(tunnel, "_stream", stream)
+    monkeypatch.setattr(tunnel, "_session", replace(tunnel._session, answered=answered))
+    await tunnel.run()
+    assert server.got == request(Command.GET_TENSOR, get)
+    kept = wanted is Format.F16 and largest > 65504
+    kind, packed = (Format.F32, data) if kept else pack(wanted, data)
+    assert stream.sent == reply(bytes((kind,)) + packed)
+    assert told == [len(packed)]
+
+
+async def test_only_floats_are_rounded() -> None:
+    buffer = PLACE.buffers[0]
+    tensor = plain(26, (64, 1, 1, 1), buffer.pointer, buffer.base).pack()
+    get = memoryview(tensor + struct.pack("<QQ", 0, 256))
+    packed = PackedSet(0, tensor + bytes(9), 256, bytes(128), compressed=False, kind=Format.F16)
+    for asked in (
+        request(PACKED_SET, packed.pack()),
+        request(PACKED_GET, PackedGet(get, Format.Q8).pack()),
+        request(PUSH, Push(get, 1, bytes(16), 0, Format.F16).pack()),
+    ):
+        server = Server()
+        with pytest.raises(RefusedError, match="a tensor of type 26 as"):
+            await connection(asked, server, Firewall(V8, 1, 1 << 30)).run()
+        assert not server.got
+
+
+async def test_rounded_activations_are_set_as_what_they_are_near_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = PLACE.buffers[0]
+    head = plain(0, (4096, 1, 1, 1), buffer.pointer, buffer.base).pack() + bytes(9)
+    data = struct.pack("<4096f", *(number / 8 for number in range(2048)), *(-number for number in range(2048)))
+    kind, packed = pack(Format.F16, data)
+    sent = PackedSet(0, head, len(data), packed, compressed=False, kind=kind)
+    for whole in (1 << 20, 1 << 10):
+        monkeypatch.setattr(tunnel_module, "_WHOLE", whole)
+        server = Server()
+        await connection(request(PACKED_SET, sent.pack()), server, Firewall(V8, 1, 1 << 30)).run()
+        # Halves have all of these numbers.
+        assert server.got == request(Command.SET_TENSOR, head + data)
 
 
 async def test_indices_that_come_packed_are_known_to_the_firewall() -> None:
