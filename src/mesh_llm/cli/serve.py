@@ -236,6 +236,7 @@ _SHOWN = frozenset(
         "model_ready",
         "model_waiting",
         "peer_joined",
+        "split_wire",
         "peer_lost",
         "not_admitted",
         "lan_asked",
