@@ -1,6 +1,7 @@
 """A request is proxied to the best target, and its answer relayed."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -267,6 +268,19 @@ async def test_a_client_that_leaves_while_targets_are_tried():
         writer.transport.abort()
         async with asyncio.timeout(5):
             await api.traffic.all_ended(1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_of_a_split_model_say_how_its_activations_travel(stream: bool) -> None:
+    async with fake_upstream() as engine:
+        routes = [route("red", local(engine.address)), route("tiny", local(engine.address))]
+        async with running_api(routes) as api:
+            api.server.use_wire(lambda model: "f16 for prompts, f32 for tokens" if model == "red" else "")
+            told = [
+                (await api.post(json.dumps({"model": model, "stream": stream}).encode())).headers.get("x-mesh-llm-wire")
+                for model in ("red", "tiny")
+            ]
+    assert told == ["f16 for prompts, f32 for tokens", None]
 
 
 async def test_a_slow_client_slows_the_engine_and_nothing_is_gathered():
