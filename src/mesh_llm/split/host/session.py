@@ -163,18 +163,11 @@ class SplitHost:
             WorkerError: a worker cannot be used; its number is its place among the targets. Everything is closed then.
         """
         self._links = [
-            WorkerLink(
-                number,
-                target,
-                self._transfers,
-                self._compressed,
-                self._formats,
-                self._failed,
-                self._received,
-                self._pool,
-            )
+            WorkerLink(number, target, self._transfers, self._compressed, self._failed, self._received, self._pool)
             for number, target in enumerate(targets)
         ]
+        for link in self._links:
+            link.formats = self._formats
         opening = [link.open(self._rpc, self._weights, timeout) for link in self._links]
         results = await asyncio.gather(*opening, return_exceptions=True)
         for link, result in zip(self._links, results, strict=True):
@@ -300,7 +293,6 @@ class WorkerLink:
         target: WorkerTarget,
         transfers: DirectTransfers,
         compressed: CompressedData,
-        formats: LinkFormats,
         failed: Callable[[BaseException], None],
         received: Callable[["WorkerLink", ToHost], Awaitable[None]],
         pool: bytes = b"",
@@ -321,7 +313,8 @@ class WorkerLink:
         self._pool = pool
         self._transfers = transfers
         self._compressed = compressed
-        self._formats = formats
+        self.formats = LinkFormats(EXACT)
+        """Of activations; those of the whole engine."""
         self._failed = failed
         self._received = received
         self._scope = TaskScope(f"split {target.name}", lambda error: failed(self.explain(error)))
@@ -352,7 +345,7 @@ class WorkerLink:
             raise self._unusable("did not open a session")
         self.takes_padding = opened.takes_padding
         self.pools = opened.pools
-        self._formats.knows(self.number, opened.formats)
+        self.formats.knows(self.number, opened.formats)
         self.info = self._check(rpc, opened, digests, weights)
 
     def _check(self, rpc: str, opened: Opened, digests: list[bytes], weights: Weights | None) -> WorkerInfo:
@@ -385,7 +378,7 @@ class WorkerLink:
             stats=self.stats,
             open_tunnel=lambda: self._open_stream(TunnelStream(self.session)),
             compressed=self._compressed,
-            formats=self._formats,
+            formats=self.formats,
             peers=peers,
             pace=self._target.pace,
         )

@@ -15,7 +15,7 @@ from mesh_llm.split.firewall.memory import Buffer, RefusedError
 from mesh_llm.split.firewall.requests import Firewall
 from mesh_llm.split.worker import tunnel as tunnel_module
 from mesh_llm.split.worker.tunnel import SessionContext, WorkerTunnel
-from mesh_llm.wire.ggml_rpc.activations import Format, pack
+from mesh_llm.wire.ggml_rpc.activations import Format, pack, packed_size
 from mesh_llm.wire.ggml_rpc.packing import PACKED, PACKED_SET, PackedSet, compress_data, compress_graph
 from mesh_llm.wire.ggml_rpc.protocol import (
     REQUEST_HEADER,
@@ -405,7 +405,10 @@ class Pushes:
         self.sent: list[tuple[int, int, bytes, bytes]] = []
         self._error = error
 
-    async def send(self, peer: int, counter: int, tag: bytes, data: bytes) -> None:
+    async def send(
+        self, peer: int, counter: int, tag: bytes, data: bytes, kind: Format = Format.F32, size: int = 0
+    ) -> None:
+        assert packed_size(kind, size) == len(data)
         self.sent.append((peer, counter, tag, data))
         if self._error is not None:
             raise self._error
@@ -451,6 +454,40 @@ async def test_an_answer_to_the_host_is_read_behind_those_that_are_pushed() -> N
     tunnel = connection(push + push + after + get, server, Firewall(V8, 1, 1 << 30), pushes=pushes)
     await asyncio.gather(tunnel.run(), compute())
     assert server.answered == ["push", "push", "host"]
+
+
+class Numbering(Computing):
+    """Each answer is its number, over and over."""
+
+    async def answer(self, size: int) -> bytes:
+        await super().answer(size)
+        return bytes((len(self.answered),)) * size
+
+
+async def test_a_packed_answer_to_the_host_is_read_behind_those_that_are_pushed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push, get, _ = pushed()
+    server, pushes, told = Numbering(), Pushes(), list[int]()
+    server.waits_for = get * 3
+    packed = request(PACKED_GET, PackedGet(memoryview(get)[REQUEST_HEADER.size :], Format.F32).pack())
+    stream = Writing(push + push + packed)
+
+    async def answered(size: int) -> None:
+        told.append(size)
+
+    async def compute() -> None:
+        async with asyncio.timeout(30):
+            await server.has_it.wait()
+        server.done.set()
+
+    tunnel = connection(b"", server, Firewall(V8, 1, 1 << 30), pushes=pushes)
+    monkeypatch.setattr(tunnel, "_stream", stream)
+    monkeypatch.setattr(tunnel, "_session", replace(tunnel._session, answered=answered))
+    await asyncio.gather(tunnel.run(), compute())
+    assert [one[-1][0] for one in pushes.sent] == [1, 2]
+    assert stream.sent == reply(b"\0" + b"\x03" * 64)
+    assert told == [64]
 
 
 async def test_a_push_that_fails_ends_the_connection() -> None:
