@@ -151,6 +151,10 @@ async def test_how_activations_travel_is_said_and_why_it_is_not_what_was_asked_f
     assert session.wire_text.startswith(status)
     assert here.wire_of(MODEL) == header
     assert here.wire_of(ModelName("other")) == ""
+    # A further engine over the same split does as the first.
+    another = await here.open_another(session)
+    assert another.host.wire == session.host.wire
+    await here.close(another)
     assert [said in notice.text for notice in notices] == [True] * bool(said)
     await here.close(session)
     assert here.wire_of(MODEL) == ""
