@@ -35,13 +35,15 @@ COMMANDS = {
     "models": ["models", "list"],
     "invite": ["invite", "create"],
     "approve": ["approve"],
+    "owner": ["owner", "create"],
+    "receipt": ["receipt", "show", "receipt.json"],
     "discover": ["discover", "--lan"],
     "rotate-key": ["rotate-key", "--relay", "ws://127.0.0.1:9"],
     "engine": ["engine", "list"],
     "simulate": ["simulate", "--nodes", "2", "--duration", "1"],
     "completion": ["completion", "bash"],
 }
-NEED_NO_HOME = {"simulate", "completion", "discover", "service", "config"}
+NEED_NO_HOME = {"simulate", "completion", "discover", "service", "config", "receipt"}
 """What these do has nothing to do with a home."""
 
 EVERY_VERB = f"""
