@@ -77,7 +77,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         resume_budget_bytes: memory for all answers that are kept, beyond the first 64 KiB of each.
         whole_bytes: longest answer without streaming that is held until it is whole, so that a loss can be hidden.
         privacy: how far prompts may go (`--privacy`).
-        owners: whose this node is, and whom its user trusts.
+        owners: the owner of this node, and the owners in its user's group.
         receipts: each answer gets a receipt (`--receipts`); else those whose request asks for one.
         idle_connections: idle keep-alive connections per local engine.
         idle_seconds: how long such a connection is kept; llama-server itself closes after 5 s.
