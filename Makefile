@@ -16,8 +16,10 @@ BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Containers often set it. Tests start Python hundreds of times, and each would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-# How many tests run at once, each worker in a network namespace of its own; 0: one after the other.
-JOBS ?= 2
+# How many tests run at once, each worker in a network namespace of its own; 0: one after the other. By default one for
+# each of at most four cores, and one more: tests often wait.
+CORES := $(shell cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN || echo 1); echo $$((cores < 4 ? cores : 4)))
+JOBS ?=
 
 .PHONY: help page page-if-possible plugin-if-possible screenshots setup setup-dev serve test test-fast test-binaries check fmt bench sim container chaos overload soak sanitized-rpc fuzz fuzz-frames rpc-corpus rpc-kernels binaries lock clean
 
@@ -69,10 +71,10 @@ serve: setup ## Serve the built-in tiny model on :9337, console on :3131
 	@exec $(BIN)/mesh-llm --model tiny
 
 test: setup-dev sanitized-rpc ## Install what is needed and run all tests, in a network namespace without a route
-	@$(ISOLATE) $(PYTHON) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	@$(ISOLATE) $(PYTHON) -m pytest --numprocesses $(or $(JOBS),$(shell expr $(CORES) + 1)) --dist worksteal $(ARGS)
 
 test-fast: $(VENV)/.dev page ## Unit, property and simulation tests without the slow ones: under a minute
-	@$(ISOLATE) $(PYTHON) -m pytest --numprocesses $(JOBS) --dist worksteal --durations=0 --durations-min=1 \
+	@$(ISOLATE) $(PYTHON) -m pytest --numprocesses $(or $(JOBS),$(shell expr $(CORES) + 1)) --dist worksteal --durations=0 --durations-min=1 \
 	  -m "not large and not binaries and not slow" --hypothesis-profile fast tests/unit tests/property tests/sim $(ARGS)
 
 check: $(VENV)/.dev ## Lint, format check, types, import contracts

@@ -147,6 +147,11 @@ ALL = (
         quick=("--rounds", "1", "--tokens", "1024"),
     ),
     Benchmark(
+        "trust",
+        "bench.trust",
+        "canaries: how surely a host that serves other weights is found, and how rarely an honest one is accused",
+    ),
+    Benchmark(
         "conform",
         "bench.conform",
         "clients of pinned versions on the engine alone, through a node, and through a client node: what passes",

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from tests.netlab.fixtures import netlab
 from tests.support.examples import FAST, FEW
 from tests.support.fixtures import random_model, start_node
+from tests.support.order import long_first
 from tools.isolate import enter_namespace
 
 __all__ = ["netlab", "random_model", "start_node"]
@@ -22,8 +23,11 @@ settings.register_profile("mesh-llm", deadline=None, suppress_health_check=[Heal
 settings.register_profile(FAST, parent=settings.get_profile("mesh-llm"), max_examples=FEW)
 settings.load_profile("mesh-llm")
 
-# A run in the background of a shell that ignores Ctrl-C hands that down to every child, and nodes respect it.
+# A run in the background of a shell that ignores Ctrl-C, or under nohup, hands that down to every child, and nodes
+# respect it: none would stop, or read its configuration again, when a test sends it the signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if sys.platform != "win32":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure() -> None:
@@ -32,3 +36,10 @@ def pytest_configure() -> None:
         reason = enter_namespace()
         if reason is not None:
             raise pytest.UsageError(f"no network namespace for a worker ({reason}): run with JOBS=0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have several workers begin with what takes long."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        items[:] = long_first(items, workers)

@@ -20,7 +20,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators import build as plugin_build
 from mesh_llm.engine.accelerators import cards, recipe, toolbox
 from mesh_llm.engine.sources.embedded.archive import check_digest, download, extract
-from mesh_llm.engine.sources.embedded.backends import KINDS
+from mesh_llm.engine.sources.embedded.loading import KINDS
 from mesh_llm.runtime.home import Home
 
 _TARGETS = ("llama-server", "ggml-rpc-server")

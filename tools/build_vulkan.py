@@ -12,7 +12,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators import build, recipe, toolbox
 from mesh_llm.engine.accelerators.build import Step
 from mesh_llm.engine.sources.embedded.archive import VERSION, provide_archive
-from mesh_llm.engine.sources.embedded.backends import VULKAN, library_name
+from mesh_llm.engine.sources.embedded.loading import VULKAN, library_name
 from mesh_llm.runtime.home import Home
 
 DIRECTORY = Path(sys.prefix) / "share" / "mesh-llm" / "tests"

@@ -13,16 +13,16 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import psutil
 from bench.common import machine, table
-from bench.mesh.http_load import Client, Connect, Load, Numbers, run
+from bench.mesh.http_load import Load, Numbers, link_round_trip, run
 from tests.netlab.lab import NetLab, unavailable_reason
 from tests.support.node import NodeProcess
 from tests.support.pool import until, warm
@@ -30,10 +30,13 @@ from tests.support.process import Process
 
 SERVING, ASKING = 0, 1
 """The lab's hosts."""
-_PORT, _QUIC_PORT, _ENGINE_PORT = 9337, 9338, 8080
+_PORT, _QUIC_PORT, _ENGINE_PORT, _ECHO_PORT = 9337, 9338, 8080, 8081
 WAYS = {"local": (SERVING, _PORT), "quic": (ASKING, _QUIC_PORT), "tls": (ASKING, _PORT)}
 """Host and port of the API that each way asks."""
-REMOTE = ("quic", "tls")
+MESH = ("quic", "tls")
+_RELAY_PORT = 9339
+_BARE = {"tcp": (ASKING, _RELAY_PORT)}
+"""To the stand-in by two bare relays over plain TCP, one on each host: what two processes on the way take at least."""
 STREAMS = (1, 4, 16, 64)
 DELAYS = (0.0, 20.0)
 _CHAT: dict[str, Any] = {
@@ -52,7 +55,7 @@ class Size:
         requests: for a first byte, of all streams together, though at least one each.
         tokens: for the engine's rate, of all streams together, though what fits and is worth timing of each.
         paced_events: of each stream, at its 50 a second.
-        flat_out_events: of all streams together.
+        flat_out_events: of all streams together; answers that are eight times as long are measured, too.
     """
 
     rounds: int
@@ -86,6 +89,7 @@ def loads(engine: str, streams: int, size: Size) -> dict[str, Load]:
         "first byte": first(events=1),
         "chunk rate at 50/s": rate(events=size.paced_events, rate=50),
         "chunk rate flat out": rate(events=size.flat_out_events // streams),
+        "chunk rate flat out, long": rate(events=8 * size.flat_out_events // streams),
     }
 
 
@@ -97,7 +101,7 @@ async def real_nodes(lab: NetLab, directory: Path) -> AsyncGenerator[None]:
         serving = await NodeProcess.start(directory / "a", models=["tiny"], arguments=slots, lab=lab, host=SERVING)
         stack.push_async_callback(serving.close)
         token = await serving.invite()
-        for way in REMOTE:
+        for way in MESH:
             more = ("--transport", "quic" if way == "quic" else "auto", "--port", str(WAYS[way][1]))
             asking = await NodeProcess.start(
                 directory / way, join=[token], client=True, arguments=more, lab=lab, host=ASKING
@@ -122,23 +126,46 @@ async def stand_in_nodes(lab: NetLab, directory: Path) -> AsyncGenerator[None]: 
         address = f"127.0.0.1:{_ENGINE_PORT}"
         serving = await start(SERVING, "bench.mesh.http_roles", "serve", address, str(_PORT))
         token = (await serving.line("^token (.*)$")).group(1)
-        for way in REMOTE:
+        for way in MESH:
             asking = await start(ASKING, "bench.mesh.http_roles", "ask", str(WAYS[way][1]), token, way)
             await asking.line("^ready")
+        relay = ("bench.mesh.tunnel_roles", "relay", str(_RELAY_PORT))
+        await (await start(SERVING, *relay, "127.0.0.1", str(_ENGINE_PORT))).line("^ready")
+        await (await start(ASKING, *relay, lab.addr(SERVING), str(_RELAY_PORT))).line("^ready")
+        yield
+
+
+@asynccontextmanager
+async def echo_server(lab: NetLab) -> AsyncGenerator[None]:
+    """Beside the serving node: what a round trip over the link takes by plain TCP."""
+    words = [sys.executable, "-m", "bench.mesh.tunnel_roles", "server", str(_ECHO_PORT)]
+    async with await Process.start(words, lab=lab, host=SERVING, name="echo") as process:
+        await process.line("^ready")
         yield
 
 
 ENGINES = {"tiny": real_nodes, "stand-in": stand_in_nodes}
 
 
-def connector(lab: NetLab, host: int, port: int) -> Connect:
-    """Opens connections to an API of a host from that host itself, as its user's programs do."""
+Connection = TypeVar("Connection", bound=asyncio.Protocol)
 
-    async def connect(factory: Callable[[], Client]) -> Client:
+
+class Connector(Protocol):
+    """Opens a connection for a protocol."""
+
+    def __call__(self, factory: Callable[[], Connection], /) -> Awaitable[Connection]:
+        """Connect. Raises OSError."""
+        ...
+
+
+def connector(lab: NetLab, host: int, port: int, address: str = "127.0.0.1") -> Connector:
+    """Opens connections from a host to an address; to its own API, as its user's programs do, where none is given."""
+
+    async def connect(factory: Callable[[], Connection]) -> Connection:
         loop = asyncio.get_running_loop()
         connection = lab.socket(host)
         connection.setblocking(False)
-        await loop.sock_connect(connection, ("127.0.0.1", port))
+        await loop.sock_connect(connection, (address, port))
         _, client = await loop.create_connection(factory, sock=connection)
         return client
 
@@ -148,8 +175,10 @@ def connector(lab: NetLab, host: int, port: int) -> Connect:
 async def measure_engine(engine: str, size: Size, directory: Path, streams: list[int]) -> list[dict[str, Any]]:
     """All delays, streams, loads and rounds with one engine; one row for each cell."""
     rows: list[dict[str, Any]] = []
-    async with NetLab(2) as lab, ENGINES[engine](lab, directory):
-        ways = {way: connector(lab, host, port) for way, (host, port) in WAYS.items()}
+    async with NetLab(2) as lab, ENGINES[engine](lab, directory), echo_server(lab):
+        link = connector(lab, ASKING, _ECHO_PORT, lab.addr(SERVING))
+        places = WAYS | (_BARE if engine == "stand-in" else {})
+        ways = {way: connector(lab, host, port) for way, (host, port) in places.items()}
         running = [psutil.Process(pid) for host in lab.hosts for pid in lab.processes(host)]
         for delay in DELAYS:
             lab.link(SERVING, ASKING).set(delay_ms=delay)
@@ -159,21 +188,26 @@ async def measure_engine(engine: str, size: Size, directory: Path, streams: list
                     await run(connect, load)
             for number in streams:
                 for name, load in loads(engine, number, size).items():
-                    seen = await in_turn(ways, load, size.rounds, running)
-                    rows += [cell(engine, name, delay, number, seen, way) for way in REMOTE]
+                    seen = await in_turn(ways, link, load, size.rounds, running)
+                    rows += [cell(engine, name, delay, number, seen, way) for way in ways if way != "local"]
                     print(".", end="", file=sys.stderr, flush=True)
     return rows
 
 
 async def in_turn(
-    ways: dict[str, Connect], load: Load, rounds: int, running: Iterable[psutil.Process]
+    ways: dict[str, Connector], link: Connector, load: Load, rounds: int, running: Iterable[psutil.Process]
 ) -> dict[str, list[Numbers]]:
-    """Each way in each round, the first of a round being the last of the next: what drifts hits both alike."""
+    """Each way in each round, the first of a round being the last of the next: what drifts hits both alike.
+
+    `link_ms` of all ways of a round is the link's own round trip, measured before them.
+    """
     seen = {way: list[Numbers]() for way in ways}
     for number in range(rounds):
+        link_ms = await link_round_trip(link, load)
         for way in list(ways) if number % 2 == 0 else list(reversed(ways)):
             before = _cpu_seconds(running)
             numbers = await run(ways[way], load)
+            numbers["link_ms"] = link_ms
             numbers["cpu_us"] = (_cpu_seconds(running) - before) * 1e6 / numbers["events"]
             seen[way].append(numbers)
     return seen
@@ -210,7 +244,9 @@ def cell(
     }
     if key == "first_ms":
         added = median(there - here for here, there in pairs)
+        link = median(numbers["link_ms"] for numbers in seen[way])
         row |= {"added_ms": added, "added_beyond_round_trip_ms": added - 2 * delay}
+        row |= {"link_ms": link, "added_beyond_link_ms": added - link}
     return row
 
 
@@ -227,9 +263,12 @@ def show(rows: list[dict[str, Any]]) -> str:
         "remote",
         "added_ms",
         "added_beyond_round_trip_ms",
+        "link_ms",
+        "added_beyond_link_ms",
         "lost",
     ]
-    heads = ["engine", "way", "delay ms", "streams", "local ms", "remote ms", "added ms", "beyond round trip", "lost"]
+    heads = ["engine", "way", "delay ms", "streams", "local ms", "remote ms", "added ms", "beyond round trip"]
+    heads += ["link ms", "beyond link", "lost"]
     rate_columns = ["engine", "load", "way", "delay_ms", "streams", "local", "remote", "ratio"]
     rate_columns += ["local_cpu_us_per_event", "remote_cpu_us_per_event", "lost"]
     rate_heads = ["engine", "load", "way", "delay ms", "streams", "local/s", "remote/s", "ratio"]

@@ -14,6 +14,8 @@ from typing import Any
 _LAST_CHUNK = b"0\r\n\r\n"
 _EVENT_END = b"\n\n"
 _TIMEOUT = 120.0
+ECHOES = 9
+"""Round trips of a link that are measured in a row."""
 
 Numbers = dict[str, float]
 Connect = Callable[[Callable[[], "Client"]], Awaitable["Client"]]
@@ -106,6 +108,48 @@ class Client(asyncio.Protocol):
     def _finish(self) -> None:
         if self._done is not None and not self._done.done():
             self._done.set_result(None)
+
+
+class Echo(asyncio.Protocol):
+    """A connection to the echo server of `bench.mesh.tunnel_roles`."""
+
+    def __init__(self) -> None:
+        self._transport: Any = None
+        self._missing = 0
+        self._done: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: connected."""
+        self._transport = transport
+        self._transport.write(b"E")
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: some of the message is back."""
+        self._missing -= len(data)
+        if self._missing <= 0 and self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    async def round_trip(self, message: bytes) -> float:
+        """Milliseconds until all of a message is back."""
+        self._missing = len(message)
+        self._done = asyncio.get_running_loop().create_future()
+        sent = time.perf_counter()
+        self._transport.write(message)
+        async with asyncio.timeout(_TIMEOUT):
+            await self._done
+        return (time.perf_counter() - sent) * 1e3
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._transport.close()
+
+
+async def link_round_trip(connect: Callable[[Callable[[], Echo]], Awaitable[Echo]], load: Load) -> float:
+    """The median round trip in ms of the load's request, by plain TCP and one at a time: what a link itself takes."""
+    echo = await connect(Echo)
+    times = [await echo.round_trip(load.request()) for _ in range(ECHOES)]
+    echo.close()
+    return median(times)
 
 
 async def run(connect: Connect, load: Load) -> Numbers:

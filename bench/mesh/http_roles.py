@@ -20,6 +20,7 @@ from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.net.mesh import MeshNet
+from mesh_llm.runtime.process import freeze_heap
 from mesh_llm.wire.mesh.invites import Invite, parse_invite
 
 NAME = ModelName("tiny")
@@ -55,6 +56,7 @@ async def serve(engine: str, port: str) -> None:
     await door.start()
     node.serve_http(door.serve_peer)
     await node.start()
+    freeze_heap()
     print("token", node.create_invite("client", 3600.0, None).token, flush=True)
     await asyncio.Event().wait()
 
@@ -68,6 +70,7 @@ async def ask(port: str, token: str, way: str) -> None:
     await node.start()
     (await node.joiner.join()).raise_for_user()
     await door.start()
+    freeze_heap()
     print("ready", flush=True)
     await asyncio.Event().wait()
 

@@ -5,6 +5,7 @@ by themselves: stand-ins would end them at once.
 """
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 from tests.support.http import HttpClient
 from tests.support.repeating_text import FIRST, LAST
+
+from mesh_llm.daemon.dispatch import Dispatch
 
 CLIENT_PROMPT = 16
 """Tokens of each client's prompt: they are to answer, not to read."""
@@ -43,21 +46,66 @@ async def ask_all(clients: Sequence[HttpClient], streams: int, tokens: int, seed
 
     Returns:
         `together`: tokens per second of all, from the first request to the last answer's end.
+        `steady`: tokens per second while all of them are being written: without the prompts before, and without the
+            time in which the last ones have the machines for themselves. An answer's tokens count as written evenly
+            from its first one on. Where they never were written at the same time, the same as `together`.
         `slowest`: tokens per second of the slowest answer, from its first token on.
         `texts`: all answers.
     """
+
+    async def one(client: HttpClient, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        answer = (await client.post("/v1/completions", body)).expect().json()
+        return answer, time.perf_counter()
+
     began = time.perf_counter()
     requests = [
-        clients[one % len(clients)].post("/v1/completions", _body(CLIENT_PROMPT, tokens, seed + one))
-        for one in range(streams)
+        one(clients[number % len(clients)], _body(CLIENT_PROMPT, tokens, seed + number)) for number in range(streams)
     ]
-    answers = [answer.expect().json() for answer in await asyncio.gather(*requests)]
+    ended = await asyncio.gather(*requests)
     taken = time.perf_counter() - began
+    answers = [answer for answer, _ in ended]
+    together = streams * tokens / taken
     return {
-        "together": streams * tokens / taken,
+        "together": together,
+        "steady": _while_all_write([(answer["timings"], end) for answer, end in ended]) or together,
         "slowest": min(answer["timings"]["predicted_per_second"] for answer in answers),
         "texts": [answer["choices"][0]["text"] for answer in answers],
     }
+
+
+async def ask_in_turns(
+    client: HttpClient, dispatch: Dispatch | None, streams: int, turns: int, most: int, seed: int
+) -> dict[str, Any]:
+    """`streams` clients of one engine, each of which asks `turns` times, for a quarter of `most` tokens up to all.
+
+    `dispatch`: names the slots; None: the engine chooses. Returns `together` and `texts` as `ask_all`.
+    """
+    rng = random.Random(seed)
+    lengths = [[rng.randint(most // 4, most) for _ in range(turns)] for _ in range(streams)]
+
+    async def one(number: int) -> list[str]:
+        said: list[str] = []
+        for turn, tokens in enumerate(lengths[number]):
+            body = _body(CLIENT_PROMPT, tokens, seed + number + streams * turn)
+            place = None if dispatch is None else dispatch.place("/v1/completions", json.dumps(body).encode())
+            named = {} if place is None else {"id_slot": place.slot}
+            answer = (await client.post("/v1/completions", body | named)).expect().json()
+            if place is not None:
+                place.done()
+            said.append(answer["choices"][0]["text"])
+        return said
+
+    began = time.perf_counter()
+    texts = await asyncio.gather(*map(one, range(streams)))
+    taken = time.perf_counter() - began
+    return {"together": sum(map(sum, lengths)) / taken, "texts": [text for said in texts for text in said]}
+
+
+def _while_all_write(ends: Sequence[tuple[dict[str, Any], float]]) -> float:
+    """Tokens per second of all between the last one's first token and the first one's end; 0.0 if that never was."""
+    rates = [timings["predicted_n"] / (timings["predicted_ms"] * 1e-3) for timings, _ in ends]
+    begun = max(end - timings["predicted_ms"] * 1e-3 for timings, end in ends)
+    return sum(rates) if begun < min(end for _, end in ends) else 0.0
 
 
 async def write_on(client: HttpClient, prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:

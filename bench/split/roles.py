@@ -18,16 +18,17 @@ from typing import Any
 import structlog
 import uvloop
 from bench.mesh.nodes import make_node
-from bench.split.requests import ask_all, read_prompt, write_on
+from bench.split.requests import ask_all, ask_in_turns, read_prompt, write_on
 from bench.split.stand_in import StandInSource
 from bench.split.stock import StockCounter
 from tests.support.http import HttpClient
 from tests.support.split_lab import EngineServer
 
 from mesh_llm.core.types.gossip import Ping
-from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import Speed, SplitLayout, SplitShare
 from mesh_llm.core.types.ports import ByteStream
+from mesh_llm.daemon.dispatch import Dispatch, DispatchedEngine
 from mesh_llm.daemon.link_meter import LinkMeter
 from mesh_llm.daemon.split_host import HostSession, split_spec
 from mesh_llm.engine.process import Command, Readiness, python_module
@@ -42,6 +43,7 @@ from mesh_llm.models.tensor_cache.digests import DigestIndex, DigestStore
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.streams import PeerStream
+from mesh_llm.runtime.process import wake_promptly
 from mesh_llm.split.host.session import OpenStream, SplitHost, WorkerTarget
 from mesh_llm.split.worker.session import RpcServer, SplitWorker, WorkerServices
 from mesh_llm.wire.ggml_rpc.activations import Format, WireFormats
@@ -65,6 +67,9 @@ class _NoSpeed:
 
     async def speed(self) -> Speed | None:
         return None
+
+
+_KINDS = {"ngram": NGRAM, "mtp": "draft-mtp", "eagle3": "draft-eagle3"}
 
 
 class Role:
@@ -201,27 +206,30 @@ class Host(Role):
         await self.answer({
             "link": self.link, "solo": self._solo, "stock": self._stock, "ours": self._ours, "stand_in": self.stand_in,
             "serve": self.serve_stock, "end_serving": self.end_stock,
-            "ask": self._ask, "prompt": self._prompt, "clients": self._clients, "write": self._write,
-            "stats": self._stats, "end": self._end,
+            "ask": self._ask, "prompt": self._prompt, "clients": self._clients, "in_turns": self._in_turns,
+            "write": self._write, "stats": self._stats, "end": self._end,
         })  # fmt: skip
 
     def _spec(self, words: Answer) -> EngineSpec:
-        draft = self.draft if words.get("draft") else None
+        # How it guesses: as `--spec`; empty for not at all.
+        kind: str = words.get("spec", "draft" if words.get("draft") else "")
+        guessing = bool(words.get("spec"))
+        draft = self.draft if kind in {"draft", "eagle3"} else None
+        usual = 4 if kind in {"mtp", "eagle3"} else 16 if guessing else 8
+        most = words.get("most") or usual
         shares: list[float] = words.get("shares", [])
         # llama.cpp pipelines prompts over devices where it offloads all layers, overrides no tensor and gives no
         # embeddings.
         pipelined: bool = words.get("pipelined", False)
-        # As a node starts an engine with `--spec auto`, or `off`.
-        guessing: bool = words.get("guessing", False)
-        speculation = "" if draft is not None or not guessing else NGRAM
         self._starts += 1
         return EngineSpec(
             model=self.model, alias="bench", context=words.get("context", 512), slots=words.get("slots", 1),
-            threads=self.threads, draft=draft, draft_max=16 if guessing else 8, prompt_cache_mib=0,
+            threads=self.threads, draft=draft, draft_max=most, prompt_cache_mib=0,
             devices=() if shares else ("CPU",), tensor_split=tuple(shares),
             output_on_host=bool(shares) and not pipelined, embeddings=not pipelined,
             gpu_layers=int(sum(shares)) if shares and not pipelined else None,
-            micro_batch=words.get("micro_batch", 512), speculation=speculation, while_it_pays=guessing,
+            micro_batch=words.get("micro_batch", 512), speculation=_KINDS.get(kind, ""),
+            while_it_pays=guessing and not words.get("always"),
             slot_socket=self.supervisor.private() / f"{self._starts}.slots" if guessing else None,
         )  # fmt: skip
 
@@ -239,8 +247,10 @@ class Host(Role):
         groups: int = words.get("groups", 1)
         pool = os.urandom(SESSION_BYTES) if groups > 1 else b""
         answers: list[Answer] = []
-        for _ in range(groups):
-            answers.append(await self._one_of_ours(words, pool))
+        for number in range(groups):
+            # As many slots as clients: llama.cpp computes two slots that have a free one between them in two passes.
+            slots = (words.get("slots", 1) + groups - 1 - number) // groups
+            answers.append(await self._one_of_ours({**words, "slots": slots}, pool))
             if "error" in answers[-1]:
                 return answers[-1]
         return {**answers[0], "load_s": sum(answer["load_s"] for answer in answers)}
@@ -273,6 +283,7 @@ class Host(Role):
         names = {f"w{number}": node for number, node in enumerate(workers)}
         session = HostSession(layout, split, endpoints, names, 0, facts, _NOT_SHOWN)
         whole = replace(self._spec({name: value for name, value in words.items() if name != "shares"}), devices=())
+        whole = replace(whole, mtp_layers=facts.mtp_layers if words.get("spec") == "mtp" else 0)
         return split_spec(whole, session, accelerators=0)
 
     def _opener(self, node: NodeId) -> OpenStream:
@@ -302,6 +313,14 @@ class Host(Role):
 
     async def _clients(self, words: Answer) -> Answer:
         return await ask_all(self.clients, words["streams"], words["tokens"], words["seed"])
+
+    async def _in_turns(self, words: Answer) -> Answer:
+        info = self.engines[0].info
+        assert info is not None
+        named = Dispatch(ModelName("bench"), [DispatchedEngine(info)]) if words.pop("named") else None
+        before = (await self._stats({}))["round_trips"]
+        found = await ask_in_turns(self.clients[0], named, **words)
+        return {**found, "round_trips": (await self._stats({}))["round_trips"] - before}
 
     async def _write(self, words: Answer) -> Answer:
         return await write_on(self.clients[0], words["prompts"], words["tokens"])
@@ -335,6 +354,7 @@ def main(arguments: list[str]) -> None:
     """Be one of them."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("warning"))
     os.dup2(2, 1)
+    wake_promptly()
     kind, *rest = arguments
     if kind == "host":
         uvloop.run(Host(*rest).run())

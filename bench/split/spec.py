@@ -1,7 +1,8 @@
-"""Guessing tokens ahead (`--spec auto`) against not guessing: on one machine, and split by mesh-llm.
+"""Guessing tokens ahead against not guessing: on one machine, and split by mesh-llm.
 
     python -m bench.split.spec [--texts repeated,edited,misleading,novel] [--machines 3] [--delays 0,20] [--rounds 3]
-    python -m bench.split.spec --draft ...        with a draft model instead of n-grams
+    python -m bench.split.spec --spec draft ...      by a draft model, not by n-grams; or mtp, eagle3
+    python -m bench.split.spec --always ...          also where it does not pay, as `--spec KIND` does; else as `auto`
 
 The prompt holds the whole answer, as where an agent repeats a file (`repeated`); or the answer with an edit every 48
 tokens (`edited`), or every 12, so that most guesses are wrong (`misleading`); or nothing of it (`novel`). With and
@@ -27,7 +28,7 @@ def measure(runs: Runs, way: str, machines: int, delay: float, seed: int) -> lis
     arguments = runs.arguments
     results: list[Measured] = []
     for guessing in (False, True) if seed % 2 == 0 else (True, False):
-        more = {"guessing": guessing, "draft": guessing and arguments.draft}
+        more = {"spec": arguments.spec, "always": arguments.always, "most": arguments.most} if guessing else {}
         name = way + GUESSING if guessing else way
         with runs.engine(way, machines, 4 * arguments.answer, 1, **more):
             # The first tokens of an engine are slower than all others.
@@ -58,7 +59,7 @@ def _measured(runs: Runs, kind: str, seed: int) -> Measured:
 
 
 def _write(runs: Runs, kind: str, answers: int, tokens: int, seed: int) -> dict[str, Any]:
-    model = runs.arguments.model or "long"
+    model = runs.arguments.model
     prompts = [repeating_prompt(model, kind, tokens, seed + one) for one in range(answers)]
     return runs.lab.host.say("write", prompts=prompts, tokens=tokens)
 
@@ -100,8 +101,14 @@ def main() -> int:
     options.add_argument("--texts", default=list(TEXTS), type=lambda words: words.split(","))
     options.add_argument("--answer", type=int, default=120, help="tokens of each answer; it loops after some 130")
     options.add_argument("--answers", type=int, default=4, help="of each kind of text, in one round")
-    options.add_argument("--draft", action="store_true", help="guess by a draft model, not by n-grams")
-    return run(options.parse_args(), measure, text)
+    options.add_argument(
+        "--spec", default="ngram", choices=["ngram", "draft", "mtp", "eagle3"], help="where guesses come from"
+    )
+    options.add_argument("--always", action="store_true", help="guess also where it does not pay")
+    options.add_argument("--most", type=int, default=0, help="tokens guessed at a time; 0: as a node does")
+    arguments = options.parse_args()
+    arguments.model = arguments.model or ("long-heads" if arguments.spec == "mtp" else "long")
+    return run(arguments, measure, text)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from mesh_llm.engine.compiler import find_compiler
 from mesh_llm.engine.confinement.policy import RpcPolicy
 from mesh_llm.engine.process import Command
 from mesh_llm.engine.sources.embedded.archive import SDIST_NAME, unpack
-from mesh_llm.engine.sources.embedded.backends import LOAD
 from mesh_llm.engine.sources.embedded.ggml import library_path
+from mesh_llm.engine.sources.embedded.loading import LOAD
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, wheel
+from mesh_llm.engine.sources.embedded.loading import parse_load
 from mesh_llm.engine.sources.embedded.server_main import common_params
 from mesh_llm.engine.spec import EngineSpec, RpcWorkerSpec
 from mesh_llm.runtime.network import TcpStream, connect_tcp

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -79,6 +79,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     found.add_argument("--answer-rate", type=float, default=25.0, help="tokens/s of one answer on one stand-in")
     found.add_argument("--slow-motion", type=float, default=10.0, help="of stand-ins: all is so many times slower")
     found.add_argument("--json", type=Path)
+    found.set_defaults(spec="")
     return found
 
 
@@ -144,8 +145,9 @@ class Runs:
         if speed is None:
             return None
         if speed.cores > arguments.threads:
-            part = speed.batch.slowed(speed.cores / arguments.threads)
-            speed = msgspec.structs.replace(speed, batch=part, cores=arguments.threads)
+            more = speed.cores / arguments.threads
+            batch, attention = speed.batch.slowed(more), speed.attention.slowed(more)
+            speed = msgspec.structs.replace(speed, batch=batch, attention=attention, cores=arguments.threads)
         if way == "solo":
             seconds = prompt_seconds(facts, speed, tokens)
         else:
@@ -168,7 +170,7 @@ class Runs:
 
     def micro_batch(self, way: str, machines: int) -> int:
         """Tokens of a prompt that are computed at once."""
-        return self.arguments.micro_batch or (pipelined_tokens(machines) if way == "ours" else WHOLE)
+        return self.arguments.micro_batch or (pipelined_tokens(machines) if way in {"ours", "groups"} else WHOLE)
 
     @contextmanager
     def engine(self, way: str, machines: int, context: int, slots: int, **more: Any) -> Generator[dict[str, Any]]:
@@ -193,8 +195,7 @@ class Runs:
             case _:
                 nodes = lab.nodes[: machines - 1]
                 groups = (self.arguments.groups or machines) if way == "groups" else 1
-                # Each with its part of the slots.
-                words |= {"slots": -(-slots // groups), "groups": groups, "wire": _OURS[way]}
+                words |= {"groups": groups, "wire": _OURS[way]}
                 loaded = host.say("ours", workers=nodes, shares=layers[1:], push=True, **words)
         try:
             yield loaded
@@ -232,7 +233,7 @@ def opened(arguments: argparse.Namespace, scratch: Path) -> Generator[Runs]:
     workers = max(arguments.machines) - 1
     stand_in = settings if arguments.stand_in else None
     with NetLab(workers + 1) as net:
-        draft = cached_model(models, "small-draft")
+        draft = cached_model(models, f"{name}-eagle3" if arguments.spec == "eagle3" else "small-draft")
         lab = Lab(net, scratch, model, draft, arguments.threads, workers, stand_in)
         yield Runs(arguments, lab, facts)
         lab.close()
@@ -250,6 +251,60 @@ class Cores:
         part = 1.0 - (idle - self._idle) / max(1, total - self._all)
         self._idle, self._all = idle, total
         return part
+
+
+class Work:
+    """CPU time that the lab's programs have taken, by what they do.
+
+    Of a split on machines of their own, each takes its own part; a lab's cores take all of it. So the sum for a token,
+    divided by the cores, is the least time that a lab needs for it.
+    """
+
+    def __init__(self) -> None:
+        self._before = _work()
+
+    def milliseconds(self) -> dict[str, float]:
+        """Since the last call, by the names of `PROGRAMS`. Programs that ended meanwhile are not counted."""
+        now = _work()
+        found = dict.fromkeys(PROGRAMS, 0.0)
+        for process, (name, ticks) in now.items():
+            if name in found:
+                found[name] += (ticks - self._before.get(process, ("", 0))[1]) * 1000.0 / os.sysconf("SC_CLK_TCK")
+        self._before = now
+        return found
+
+
+PROGRAMS = {
+    "engines": ("embedded.server_main", "bench.split.stock engine"),
+    "rpc-servers": ("embedded.rpc_main", "bench.split.stock server"),
+    "host's tunnels": ("bench.split.roles host",),
+    "workers' tunnels": ("bench.split.roles worker",),
+    "network": ("tests.netlab.switch",),
+}
+"""What runs in a lab, and words of its command line."""
+
+
+def _work() -> dict[int, tuple[str, int]]:
+    """The programs of this process's lab by their process ids: what they are, and their ticks of CPU time."""
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        # Processes end meanwhile.
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1])
+            ticks[int(stat.parent.name)] = int(fields[11]) + int(fields[12])
+    found: dict[int, tuple[str, int]] = {}
+    for process, taken in ticks.items():
+        above = process
+        while above not in {0, 1, os.getpid()}:
+            above = parents.get(above, 0)
+        if above == os.getpid():
+            with suppress(OSError):
+                command = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                name = next((name for name, words in PROGRAMS.items() if any(one in command for one in words)), "")
+                found[process] = name, taken
+    return found
 
 
 def _ticks() -> tuple[int, int]:
@@ -296,7 +351,8 @@ def run(arguments: argparse.Namespace, measure: Measure, text: Callable[[list[Me
         for delay in map(float, arguments.delays.split(",")):
             runs.distance(delay)
             for number in range(arguments.rounds):
-                results += measure(runs, "solo", 1, delay, number)
+                if "solo" in arguments.ways:
+                    results += measure(runs, "solo", 1, delay, number)
                 for machines in arguments.machines:
                     for way in arguments.ways:
                         if way != "solo":

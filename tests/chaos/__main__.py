@@ -1,4 +1,4 @@
-"""`python -m tests.chaos [--minutes 30] [--seed 1] [--write docs/reliability.md]`; status 1: something was wrong."""
+"""`python -m tests.chaos [--minutes 30] [--seed 1] [--groups 2] [--write PAGE]`; status 1: something was wrong."""
 
 import argparse
 import asyncio
@@ -25,13 +25,26 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="a few faults only, as in `make test`")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=5)
+    parser.add_argument("--groups", type=int, default=2, help="engines over the split model; --short has one")
+    parser.add_argument("--texts", type=int, default=2, help="for each model and API; 1 shortens the beginning")
     parser.add_argument("--faults", default="", help="only faults whose names hold one of these words, comma-separated")
     parser.add_argument("--write", type=Path, help="put the table into this file, between its markers")
-    parser.add_argument("--keep", type=Path, help="keep logs here")
+    parser.add_argument(
+        "--keep", type=Path, help="keep logs here, and what came of requests that were refused, or late"
+    )
     chosen = parser.parse_args()
     words = [word for word in chosen.faults.split(",") if word]
+    groups = 1 if chosen.short else chosen.groups
     faults = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
-    plan = Plan(seconds=chosen.minutes * 60, seed=chosen.seed, clients=chosen.clients, faults=faults, keep=chosen.keep)
+    plan = Plan(
+        seconds=chosen.minutes * 60,
+        seed=chosen.seed,
+        clients=chosen.clients,
+        texts=chosen.texts,
+        faults=[fault for fault in faults if groups > 1 or not fault.groups],
+        keep=chosen.keep,
+        groups=groups,
+    )
     if chosen.short:
         plan = replace(
             plan,

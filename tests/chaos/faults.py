@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from tests.chaos.mesh import HOSTS, NODES, SHARED, ChaosMesh
+from tests.chaos.mesh import ENGINE, HOSTS, NODES, SHARED, ChaosMesh, processes_of
 
 from mesh_llm.runtime.supervision import TaskScope
 
-_ENGINE = "mesh_llm.engine.sources.embedded.server_main"
 _RPC = "mesh_llm.engine.sources.embedded.rpc_main"
 _DAY = 86_400
 _CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
@@ -34,6 +33,7 @@ class Fault:
         strike: does it to a node while the block runs, and undoes it after; says whether there was something to break.
         closes_door: clients of the node itself cannot be answered, or not for long.
         nodes: those that it can strike.
+        groups: it is for a split model with several engines, and the model is served all the time.
         blinds: the node cannot reach the others, so what its own clients ask of them ends in an error.
         blames: engines seem to have ended by what they were asked: such requests go to no second host.
     """
@@ -44,6 +44,7 @@ class Fault:
     blinds: bool = False
     blames: bool = False
     nodes: tuple[int, ...] = tuple(range(NODES))
+    groups: bool = False
 
 
 @asynccontextmanager
@@ -276,7 +277,7 @@ async def cpu_cut(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
 @asynccontextmanager
 async def engine_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """SIGABRT to every llama-server of the node, as if it had ended by itself: what was on it may have ended it."""
-    for engine in _family(mesh, number, _ENGINE):
+    for engine in processes_of(mesh.nodes[number], ENGINE):
         with contextlib.suppress(psutil.NoSuchProcess):
             engine.send_signal(signal.SIGABRT)
     yield
@@ -285,7 +286,7 @@ async def engine_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
 @asynccontextmanager
 async def engine_kill(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """SIGKILL to every llama-server of the node: it was killed from outside."""
-    for engine in _family(mesh, number, _ENGINE):
+    for engine in processes_of(mesh.nodes[number], ENGINE):
         with contextlib.suppress(psutil.NoSuchProcess):
             engine.kill()
     yield
@@ -294,7 +295,7 @@ async def engine_kill(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
 @asynccontextmanager
 async def engine_freeze(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """SIGSTOP to every llama-server of the node: it takes connections and says nothing."""
-    engines = _family(mesh, number, _ENGINE)
+    engines = processes_of(mesh.nodes[number], ENGINE)
     for engine in engines:
         with contextlib.suppress(psutil.NoSuchProcess):
             engine.suspend()
@@ -312,10 +313,42 @@ async def rpc_crash(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
     """SIGKILL to the rpc-server of the split model's worker, whichever of the two nodes that is."""
     del number
     for one in HOSTS[SHARED]:
-        for server in _family(mesh, one, _RPC):
+        for server in processes_of(mesh.nodes[one], _RPC):
             with contextlib.suppress(psutil.NoSuchProcess):
                 server.kill()
     yield
+
+
+def one_engine_kill(place: int) -> Callable[[ChaosMesh, int], AbstractAsyncContextManager[None]]:
+    """SIGKILL to one of the engines over the split model, whichever of the two nodes hosts it: the others go on.
+
+    `place`: 0 is the one that brought the weights, unless it was replaced.
+    """
+
+    @asynccontextmanager
+    async def strike(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+        del number
+        for one in HOSTS[SHARED]:
+            engines = processes_of(mesh.nodes[one], ENGINE)
+            # A single one is what is left, and must go on.
+            if len(engines) > 1:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    engines[place].kill()
+        yield
+
+    return strike
+
+
+@asynccontextmanager
+async def split_link_cut(mesh: ChaosMesh, number: int) -> AsyncGenerator[None]:
+    """No packet between the split model's host and its worker. Both reach all others."""
+    del number
+    link = mesh.lab.link(*HOSTS[SHARED])
+    link.cut()
+    try:
+        yield
+    finally:
+        link.heal()
 
 
 FAULTS = (
@@ -341,6 +374,9 @@ FAULTS = (
     Fault("llama-server crash", engine_crash, blames=True),
     Fault("llama-server frozen", engine_freeze),
     Fault("rpc-server crash", rpc_crash, nodes=HOSTS[SHARED]),
+    Fault("link between host and worker cut", split_link_cut, nodes=HOSTS[SHARED]),
+    Fault("first of two engines of a split killed", one_engine_kill(0), nodes=HOSTS[SHARED], groups=True),
+    Fault("second of two engines of a split killed", one_engine_kill(-1), nodes=HOSTS[SHARED], groups=True),
 )
 
 
@@ -353,16 +389,3 @@ def _fill(descriptor: int) -> None:
             if error.errno != errno.ENOSPC:
                 raise
             block = block[: len(block) // 2]
-
-
-def _family(mesh: ChaosMesh, number: int, module: str) -> list[psutil.Process]:
-    found: list[psutil.Process] = []
-    for process in mesh.nodes[number].process.family():
-        try:
-            words = process.cmdline()
-        except psutil.NoSuchProcess:
-            continue
-        # The guard has the module among its words too, until it has become the engine.
-        if module in words and "guard.py" not in " ".join(words[:5]):
-            found.append(process)
-    return found

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tests.chaos.clock import Clocks
 from tests.netlab.lab import NetLab
 from tests.support.gguf_models import cached_model
@@ -24,6 +25,7 @@ HOSTS = {"red": (0, 1), "blue": (1, 2), "green": (3, 4)}
 NODES = 5
 DISK_BYTES = 48_000_000
 _SIZES = ("--ctx-size", "1024", "--parallel", "2", "--no-draft")
+ENGINE = "mesh_llm.engine.sources.embedded.server_main"
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
 
 
@@ -43,15 +45,19 @@ def _small_disk(path: Path) -> None:
 
 
 class ChaosMesh:
-    """The lab and its nodes. `journals`: each node records its decisions, outside of its small disk."""
+    """The lab and its nodes.
 
-    def __init__(self, directory: Path, *, journals: bool = False) -> None:
+    `journals`: each node records its decisions, outside of its small disk. `groups`: engines over the split model.
+    """
+
+    def __init__(self, directory: Path, *, journals: bool = False, groups: int = 1) -> None:
         self.directory = directory
         self.lab = NetLab(NODES, delay_ms=1)
         self.clocks = Clocks(directory / "clocks")
         self.nodes: list[NodeProcess] = []
         self.ids: list[str] = []
         self._journals = journals
+        self._groups = groups
         # Half a day from now, so that no node yields by itself during a run.
         self.owners_hour = (int(time.time()) // 3600 + 12) % 24
 
@@ -92,7 +98,20 @@ class ChaosMesh:
         began = time.monotonic()
         await self.load_second_models(timeout)
         await asyncio.gather(*(until(node, _complete, "seeing all", timeout) for node in self.nodes))
+        hosts = [self.nodes[number] for number in HOSTS[SHARED]]
+
+        def all_engines(_status: Mapping[str, Any]) -> bool:
+            return max(len(processes_of(node, ENGINE)) for node in hosts) == self._groups
+
+        await until(hosts[0], all_engines, f"{self._groups} engines over the split model", timeout)
         return time.monotonic() - began
+
+    def role(self, number: int) -> str:
+        """What a node holds goes by this: either of the split model's two is host or worker, each other has its own."""
+        if number not in HOSTS[SHARED]:
+            return f"node{number}"
+        hosts = bool(processes_of(self.nodes[number], ENGINE))
+        return f"{'host' if hosts else 'worker'} of {SHARED}"
 
     async def load_second_models(self, timeout: float) -> None:
         """Node 1 serves two models; it takes up only the first by itself when it starts."""
@@ -106,7 +125,7 @@ class ChaosMesh:
         # Without models on demand: who serves what is what the judge goes by.
         arguments = [*_SIZES, "--name", f"node{number}", "--yield", hours, "--on-demand", "off"]
         if shares:
-            arguments.append("--split")
+            arguments += ["--split", "--groups", str(self._groups)]
         if self._journals:
             arguments += ["--journal", str(self.journal(number))]
         node = await NodeProcess.start(
@@ -132,6 +151,28 @@ class ChaosMesh:
             path.parent.mkdir(parents=True, exist_ok=True)
             found[name] = Path(shutil.copy(small, path))
         return found
+
+
+def processes_of(node: NodeProcess, module: str) -> list[psutil.Process]:
+    """The processes of a node that run a module, oldest first."""
+    found: list[psutil.Process] = []
+    for process in node.process.family():
+        try:
+            words = process.cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        # The guard has the module among its words too, until it has become the engine.
+        if module in words and "guard.py" not in " ".join(words[:5]):
+            found.append(process)
+    return sorted(found, key=_age)
+
+
+def _age(process: psutil.Process) -> float:
+    # Of a process that has ended the time may be unknown, and does not matter.
+    try:
+        return process.create_time()
+    except psutil.NoSuchProcess:
+        return 0.0
 
 
 def _complete(status: Mapping[str, Any]) -> bool:

@@ -43,7 +43,7 @@ IMPATIENT = 1.0
 """Seconds after which those who do not listen ask again."""
 AGAIN_WITHIN = 10.0
 """Seconds in which a question must be answered once the flood is over: more than any takes, less than a line's wait."""
-_PERIOD = 5.0
+_PERIOD, _STEP = 5.0, 0.1
 _LEAST_FOR_MEMORY = 300.0
 """Seconds below which memory still rises because caches and pools fill."""
 _CACHE = Path(__file__).resolve().parents[2] / ".pytest_cache" / "d" / "models"
@@ -51,7 +51,11 @@ _CACHE = Path(__file__).resolve().parents[2] / ".pytest_cache" / "d" / "models"
 
 @dataclass
 class Outcome:
-    """What came of a run. `again`: seconds of the first answer at each door after it."""
+    """What came of a run.
+
+    `again`: seconds of the first answer at each door after it. `stood`: for how long, at most, the clients themselves
+    did nothing, because they had no processor: nodes cannot be blamed for so many seconds.
+    """
 
     seconds: float
     clients: int
@@ -60,6 +64,7 @@ class Outcome:
     modest: list[Asked] = field(default_factory=list[Asked])
     courses: list[Course] = field(default_factory=list[Course])
     again: list[float] = field(default_factory=list[float])
+    stood: float = 0.0
     before: list[Holding] = field(default_factory=list[Holding])
     after: list[Holding] = field(default_factory=list[Holding])
     problems: list[str] = field(default_factory=list[str])
@@ -97,7 +102,7 @@ class Flood:
         if one.end is End.REFUSED and one.status == 429 and told.isdigit() and int(told) >= 1:
             self._outcome.waits.append(float(told))
             return float(told)
-        self._outcome.problems.append(f"{one.question.api}: {one.end}, status {one.status}: {one.why}")
+        self._outcome.problems.append(_told(one))
         return IMPATIENT
 
 
@@ -163,6 +168,7 @@ async def _flood(
     ]
     outcome.courses = [Course() for _ in nodes]
     modest = scope.spawn(_modest(load, asked, flood, outcome), "the modest one")
+    scope.spawn(_own_pauses(outcome), "own pauses")
     began = time.monotonic()
     while time.monotonic() - began < outcome.seconds and not failures:
         await asyncio.sleep(_PERIOD)
@@ -183,12 +189,20 @@ async def _modest(load: Load, asked: Sequence[Question], flood: Flood, outcome: 
         turn += 1
 
 
+async def _own_pauses(outcome: Outcome) -> None:
+    while True:
+        began = time.monotonic()
+        await asyncio.sleep(_STEP)
+        outcome.stood = max(outcome.stood, time.monotonic() - began - _STEP)
+
+
+def _told(one: Asked) -> str:
+    took = f"after {one.ended - one.began:.1f} s"
+    return f"{one.question.api} at node{one.door}: {one.end} {took}, status {one.status}: {one.why}"
+
+
 def _problems(outcome: Outcome) -> list[str]:
-    found = [
-        f"the modest client: {one.end}, status {one.status}: {one.why}"
-        for one in outcome.modest
-        if one.end is not End.WHOLE
-    ]
+    found = [f"the modest client: {_told(one)}" for one in outcome.modest if one.end is not End.WHOLE]
     if not outcome.waits:
         found.append("nobody was refused: this was no overload")
     if outcome.seconds >= _LEAST_FOR_MEMORY:
@@ -213,7 +227,8 @@ def _lines(outcome: Outcome, day: str) -> Iterator[str]:
         f"{len(outcome.waits)} sent away with 429 and a Retry-After of {min(outcome.waits, default=0):.0f} to "
         f"{max(outcome.waits, default=0):.0f} s (median {median(outcome.waits or [0]):.0f}). The modest client asked "
         f"{len(outcome.modest)} times, and waited {median(took):.1f} s (median), {max(took):.1f} s at most. After the "
-        f"flood the first answer at each door came after {', '.join(f'{one:.1f}' for one in outcome.again)} s."
+        f"flood the first answer at each door came after {', '.join(f'{one:.1f}' for one in outcome.again)} s. The "
+        f"clients' own longest pause was {outcome.stood:.1f} s."
     )
     yield ""
     yield "| Node | Memory, MB: first third → last third; before, after | Tasks before, at most, after | Descriptors |"

@@ -8,6 +8,7 @@ from tests.chaos.load import Asked
 from tests.chaos.questions import End, Question, Read, error_of, judge, questions, read
 from tests.chaos.report import BEGIN, FINISH, write
 from tests.chaos.verdict import Strike, conclude
+from tests.chaos.watch import Holding, grown
 from tests.support.http import Answer
 
 CHAT = Question("red", "chat", "hello", 4, streamed=True)
@@ -98,6 +99,11 @@ def test_what_is_a_violation() -> None:
     assert conclude([asked(End.REFUSED, model="green")], []).violations
     for end in (End.HUNG, End.CUT, End.WRONG):
         assert conclude([asked(end, model="green")], [crash]).violations
+    # One engine of several: the model is served all the time.
+    one_of_two = strike("first of two engines of a split killed", 3)
+    assert conclude([asked(End.WHOLE, model="green")], [one_of_two]).violations == []
+    assert conclude([asked(End.REFUSED, model="green")], [one_of_two]).violations
+    assert conclude([asked(End.REFUSED, model="green")], [one_of_two, crash]).violations == []
     cut = strike("network cut", 1)
     assert conclude([asked(End.BROKEN, door=1)], [cut]).violations == []
     assert conclude([asked(End.BROKEN)], [cut]).violations
@@ -128,3 +134,19 @@ def test_the_table_goes_between_its_markers(tmp_path) -> None:
     page.write_text("no markers")
     with pytest.raises(ValueError, match="no place"):
         write(page, "new")
+
+
+def held(**kinds: int) -> Holding:
+    return Holding(3, 100.0, 50, 2, 15, sum(kinds.values()), 0, kinds)
+
+
+def test_what_grew_is_named() -> None:
+    before = held(watch=40, stream=8, serve=2)
+    assert grown(before, before) == []
+    assert grown(before, held(watch=40, stream=12, serve=5, ask=3)) == []
+    # Few of all, many of one kind: what ended meanwhile hides nothing.
+    assert grown(before, held(watch=33, stream=15, serve=2)) == ["tasks grew from 50 to 50: stream 8 → 15"]
+    # Some of each kind, many of all.
+    many = held(watch=40, stream=13, serve=6, ask=5)
+    assert grown(before, many) == ["tasks grew from 50 to 64: stream 8 → 13, ask 0 → 5, serve 2 → 6"]
+    assert grown(before, many, tasks=20) == []

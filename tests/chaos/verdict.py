@@ -109,7 +109,7 @@ def _problem(one: Asked, felt: Sequence[Strike]) -> str:
     if any(strike.fault.blinds and strike.node == one.door for strike in felt):
         return ""
     # A model that nobody else has can be away for a moment; what it had begun to say goes on once it is back.
-    if question.model == SHARED and end is End.REFUSED:
+    if question.model == SHARED and end is End.REFUSED and not all(strike.fault.groups for strike in felt):
         return ""
     return text
 

@@ -41,12 +41,17 @@ def mode(path: Path) -> int:
 
 async def notice(node: NodeProcess, code: str, after: int = 0) -> dict[str, Any]:
     """The next notice of this kind."""
-    async with asyncio.timeout(60):
-        while True:
-            found = (await node.console.get(f"/api/notices?after={after}")).expect().json()
-            if match := [one for one in found if one["code"] == code]:
-                return match[0]
-            await asyncio.sleep(0.05)
+    found: list[dict[str, Any]] = []
+    try:
+        async with asyncio.timeout(60):
+            while True:
+                found = (await node.console.get(f"/api/notices?after={after}")).expect().json()
+                if match := [one for one in found if one["code"] == code]:
+                    return match[0]
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        said = [(one["code"], one["text"]) for one in found]
+        raise AssertionError(f"a minute passed without {code}; there are {said}") from None
 
 
 async def context(node: NodeProcess, wanted: int) -> None:

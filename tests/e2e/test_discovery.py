@@ -53,7 +53,7 @@ async def test_a_mesh_is_published_found_replaced_and_deleted_with_one_relay_dyi
             while before & {event.id().to_hex() for event in await first.events()}:
                 await until(node, lambda status: status["listing"]["state"] == "listed", "listed")
         assert await node.stop() == 0
-        await first.until(listed(0), "deleted", timeout=3.0)
+        await first.until(listed(0), "deleted")
 
 
 async def test_a_killed_publisher_is_followed_by_another_and_its_listing_expires(start_node: StartNode) -> None:

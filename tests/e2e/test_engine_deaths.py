@@ -13,6 +13,7 @@ from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
 from tests.support.pool import named, until, warm
+from tests.support.process import words_of
 
 pytestmark = pytest.mark.timeout(300)
 PATH = "/v1/chat/completions"
@@ -36,7 +37,7 @@ async def mesh(
 
 def engines_of(node: NodeProcess) -> list[psutil.Process]:
     family = psutil.Process(node.process.pid).children(recursive=True)
-    return [one for one in family if "mesh_llm.engine.sources.embedded.server_main" in one.cmdline()]
+    return [one for one in family if "mesh_llm.engine.sources.embedded.server_main" in words_of(one)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

@@ -23,7 +23,6 @@ DETECTION_LIMIT = 5.0
 LONELY_LIMIT = 4.0
 SURVIVOR_LIMIT = 5.0
 REJOIN_LIMIT = 2.0
-CANCEL_LIMIT = 0.2
 
 
 @pytest.fixture
@@ -225,14 +224,19 @@ async def test_cancel_crosses_the_mesh_and_frees_the_slot(three: tuple[NetLab, l
         slots = (await blue.api.get("/slots")).expect().json()
         return sum(slot["is_processing"] for slot in slots)
 
-    async with streaming(red, "blue"):
+    async with streaming(red, "blue", tokens=4000):
         assert await busy() == 1
     began = time.monotonic()
-    while await busy():
-        assert time.monotonic() - began < 5
-    seconds = time.monotonic() - began
-    measured("client gone, to remote slot free", seconds)
-    assert seconds < CANCEL_LIMIT
+    async with asyncio.timeout(30):
+        while await busy():
+            pass
+        measured("client gone, to remote slot free", time.monotonic() - began)
+        outcomes: list[str] = []
+        while not outcomes:
+            decisions = (await blue.console.get("/api/routing")).expect().json()["decisions"]
+            outcomes = [one["outcome"] for one in decisions if one["path"] == "/v1/chat/completions"]
+    # Freed because its client left, and not because the answer had come to its end.
+    assert outcomes == ["left"]
 
 
 async def test_revocation_cuts_a_node_off(three: tuple[NetLab, list[NodeProcess]]) -> None:

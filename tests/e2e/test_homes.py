@@ -37,6 +37,7 @@ COMMANDS = {
     "approve": ["approve"],
     "owner": ["owner", "create"],
     "receipt": ["receipt", "show", "receipt.json"],
+    "trust": ["trust", "list"],
     "discover": ["discover", "--lan"],
     "rotate-key": ["rotate-key", "--relay", "ws://127.0.0.1:9"],
     "engine": ["engine", "list"],

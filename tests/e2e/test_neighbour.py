@@ -13,6 +13,7 @@ from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
 from tests.support.pool import chat, chat_body, content, named, until, warm
+from tests.support.process import words_of
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -32,7 +33,7 @@ def silent(status: dict[str, Any]) -> bool:
 
 
 def engines(node: NodeProcess) -> list[psutil.Process]:
-    return [one for one in node.process.family() if "server_main" in " ".join(one.cmdline())]
+    return [one for one in node.process.family() if "server_main" in " ".join(words_of(one))]
 
 
 async def test_in_its_owners_hours_a_node_serves_nothing(

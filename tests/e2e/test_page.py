@@ -97,6 +97,16 @@ async def test_an_answer_streams_to_its_end(mesh: PageMesh, visitor: Visitor) ->
     await expect(answer).to_contain_text("tokens/s")
 
 
+async def test_the_end_of_a_chat_stays_in_sight_when_the_receipt_comes(mesh: PageMesh) -> None:
+    async with Visitor.of(mesh.browser, viewport=PHONE, has_touch=True, is_mobile=True) as visitor:
+        page = await visitor.open(mesh.desk, "chat")
+        for count in (1, 2, 3):
+            await ask(page, "Hello!")
+            receipts = page.get_by_text("Receipt: tiny")
+            await expect(receipts).to_have_count(count)
+            await expect(receipts.last).to_be_in_viewport(ratio=1)
+
+
 ANSWERS_DO_NOT_END = """() => {
     const real = window.fetch;
     window.fetch = async (path, options) => {

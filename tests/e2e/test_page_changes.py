@@ -94,12 +94,12 @@ async def test_a_member_is_lowered_and_raised_on_the_page(mesh: PageMesh, visito
     details = page.get_by_label("Details of studio")
     scope = details.locator("[data-scope]")
     await expect(scope).to_contain_text("split")
-    await details.get_by_role("button", name="End sharing models with it").click()
+    await details.get_by_role("button", name="End splitting models with it").click()
     await expect(scope).to_contain_text("serve: no part in split models")
     await until(mesh.third, lambda status: status["scope"] == "serve", "told that it was lowered")
     assert await serious_faults(page) == []
-    await details.get_by_role("button", name="Let it share models").click()
-    await expect(scope).to_contain_text("split: serves and shares models")
+    await details.get_by_role("button", name="Let it split models").click()
+    await expect(scope).to_contain_text("split: serves, and computes parts of models")
     await until(mesh.third, lambda status: status["scope"] == "split", "told that it was raised")
 
 

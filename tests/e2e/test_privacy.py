@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.netlab.fixtures import NetLabFactory
@@ -23,12 +24,16 @@ async def asked_of(node: NodeProcess) -> int:
     return sum(int(float(line.rpartition(" ")[2])) for line in lines)
 
 
+def owner_of(node: str, owner: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda status: any(one["node_id"] == node and one["owner"] == owner for one in status["peers"])
+
+
 async def test_prompts_stay_on_the_nodes_of_their_owner(
     netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     lab = netlab(3, delay_ms=1)
     own, story = (named(random_model("small"), name, tmp_path / "m") for name in ("own", MODEL))
-    mine = await start_node("mine", models=[own], lab=lab, host=0, arguments=("--privacy", "own"))
+    mine = await start_node("mine", models=[own], lab=lab, host=0, arguments=("--privacy", "own", "--on-demand", "off"))
     token = await mine.invite()
     second, stranger = await asyncio.gather(
         start_node("second", models=[story], join=[token], lab=lab, host=1),
@@ -39,17 +44,24 @@ async def test_prompts_stay_on_the_nodes_of_their_owner(
     assert refused.status == 403
     assert "mesh-llm owner add" in refused.text
 
-    # A person says which nodes are theirs; the nodes announce it from their next start on.
+    # A person says which nodes are theirs; that counts at once, and as long as it is not taken back.
     assert (await mine.cli("owner", "create"))[0] == 0
     assert (await mine.cli("owner", "add"))[0] == 0
     status, text = await mine.cli("owner", "add", (await second.status())["node_id"], "--json")
     assert status == 0, text
-    assert (await second.cli("owner", "accept", json.loads(text)["statement"]))[0] == 0
-    assert (await stranger.cli("owner", "accept", json.loads(text)["statement"]))[0] == 1
-    await asyncio.gather(mine.restart(), second.restart())
-    await until(mine, warm(MODEL, 2), "seeing two hosts again", 60)
+    statement, there = json.loads(text)["statement"], (await second.status())["node_id"]
+    assert (await stranger.cli("owner", "accept", statement))[0] == 1
+    own_key = (await mine.status())["owner"]
+    for taken_back in (True, False):
+        assert (await second.cli("owner", "accept", statement))[0] == 0
+        await until(mine, owner_of(there, own_key), "seeing whose node it is")
+        assert " yours " in (await mine.cli("status"))[1]
+        assert (await chat(mine, MODEL)).expect().headers["x-mesh-llm-node"] == there
+        if taken_back:
+            assert (await second.cli("owner", "remove"))[0] == 0
+            await until(mine, owner_of(there, ""), "seeing that it is nobody's any more")
+            (await chat(mine, MODEL)).expect(403)
 
-    there = (await second.status())["node_id"]
     answers = await asyncio.gather(*(chat(mine, MODEL) for _ in range(8)))
     assert {answer.expect().headers["x-mesh-llm-node"] for answer in answers} == {there}
 

@@ -357,7 +357,7 @@ def test_every_command_of_the_readme_has_a_step_and_every_step_a_command() -> No
     assert agents is not None
     assert {"claude", *agents[1].split(", ")} == set(AGENTS)
     (script,) = [point for point in entry_points(group="console_scripts") if point.name == "mesh-llm"]
-    assert script.value == "mesh_llm.cli.main:main", "what make setup leaves in .venv/bin"
+    assert script.value == "mesh_llm.__main__:main", "what make setup leaves in .venv/bin"
 
 
 async def test_with_a_token(hub: tuple[NetLab, HubServer], random_model: Callable[[str], Path], tmp_path: Path) -> None:

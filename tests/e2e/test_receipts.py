@@ -83,8 +83,17 @@ async def test_a_receipt_names_who_saw_the_prompt_and_no_other_fits(
     survivor = next(one for one in hosts if one != killed)
     assert [(one["node"], one["part"], one["signed"]) for one in shown["seen"]] == [
         (client, "asked", True),
-        (killed, "lost", False),
+        (killed, "lost", True),
         (survivor, "host", True),
     ]
+    # It was killed in the middle: it signed what it took, and nothing about the end. The receipt proves the one, and
+    # says the other.
+    assert [one["node"] for one in shown["seen"] if one["first_only"]] == [killed]
+    found = [(one["mark"], one["text"]) for one in shown["findings"]]
+    assert ("note", f"Node {killed[:10]} did not sign how its answer ended: it was lost before.") in found
+    took = f"Node {killed[:10]} signed that it took the prompt, to answer it with {MODEL}"
+    assert any(mark == "holds" and text.startswith(took) for mark, text in found)
+    _, text = await asked.cli("receipt", "show", str(tmp_path / "resumed.txt"))
+    assert "that it took the prompt; not how its answer ended" in text
     kept = (await asked.api.get(f"/v1/receipts/{shown['id']}")).expect().json()
     assert kept["receipt"] == shown["receipt"]

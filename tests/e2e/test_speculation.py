@@ -73,3 +73,54 @@ async def test_guesses_begin_where_text_repeats_itself_and_not_where_they_would_
     assert guessed >= right > TOKENS // 2
     host = {(await node.status())["node_id"]: node for node in (first, second)}[(await first.status())["split"]["host"]]
     await until(host, lambda status: "(auto), gains " in guessing(status), "saying that guesses gain in a split")
+
+
+async def test_a_draft_guesses_where_links_are_slow(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=10)
+    directory = tmp_path / "m"
+    model = named(random_model("small"), "red", directory)
+    draft = named(random_model("small-draft"), "red-draft", directory)
+    sizes = ("--parallel", "1", "--ctx-size", "1024", "--draft", str(draft))
+    first = await start_node("a", models=[model], arguments=(*sizes, "--split"), lab=lab, host=0)
+    # The draft writes most of what the model writes, whatever the prompt is.
+    said, _, _ = await written(first, "novel", 1)
+    assert guessing(await first.status()).startswith("draft-simple (auto)")
+    token = await split_invite(first)
+    second = await start_node("b", join=[token], arguments=sizes, lab=lab, host=1, models_dir=directory)
+    await until(first, split_over(1), "split over one worker", 60.0)
+    rights: list[int] = []
+    for _ in range(4):
+        text, guessed, right = await written(second, "novel", 1)
+        assert text == said
+        assert guessed >= right
+        rights.append(right)
+    # The draft reads the prompt, and the first pass of each width takes longer: that does not stop it.
+    assert max(rights) > TOKENS // 3
+
+
+async def test_heads_of_the_models_own_guess_on_the_host_of_a_split(
+    netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lab = netlab(2, delay_ms=10)
+    model = named(random_model("small-heads"), "red", tmp_path / "m")
+    sizes = ("--parallel", "1", "--ctx-size", "1024", "--spec", "auto")
+    first = await start_node("a", models=[model], arguments=(*sizes, "--split"), lab=lab, host=0)
+    said, _, _ = await written(first, "novel", 1)
+    # Alone, a head beside so few layers costs more than it can gain.
+    assert guessing(await first.status()).startswith("ngram-map-k (auto)")
+    token = await split_invite(first)
+    second = await start_node("b", join=[token], arguments=sizes, lab=lab, host=1, models_dir=model.parent)
+    await until(first, split_over(1), "split over one worker", 60.0)
+    rights: list[int] = []
+    for _ in range(4):
+        text, guessed, right = await written(second, "novel", 1)
+        assert text == said
+        assert guessed >= right
+        rights.append(right)
+    assert max(rights) > TOKENS // 3
+    host = {(await node.status())["node_id"]: node for node in (first, second)}[(await first.status())["split"]["host"]]
+    await until(
+        host, lambda status: guessing(status).startswith("draft-mtp (auto), gains "), "saying that guesses gain"
+    )

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ async def test_a_member_is_raised_to_split_and_lowered_again_without_a_restart(
     await second.process.line("scope of this one: it is serve now", 30.0)
     await until(second, lambda status: status["split"] is None and status["scope"] == "serve", "out of the split", 30.0)
     print(f"lowered: out of the split after {time.monotonic() - took:.1f} s")
-    assert await servers_of(second) == []
+    assert await servers_left(second) == []
     # Neither a restart nor the old token changes that.
     await second.stop()
     await second.restart(ready=False)
@@ -205,11 +206,15 @@ async def test_a_member_is_raised_to_split_and_lowered_again_without_a_restart(
     await until(first, split_over(1), "split once more", 120.0)
 
 
-async def servers_of(node: NodeProcess) -> list[str]:
-    """The RPC servers that run there."""
-    me = psutil.Process(node.process.pid)
-    lines = [" ".join(child.cmdline()) for child in me.children(recursive=True)]
-    return [line for line in lines if "rpc" in line]
+async def servers_left(node: NodeProcess) -> list[str]:
+    """The RPC servers there that do not end within seconds: the status says that a part is given up, then they end."""
+    found: dict[psutil.Process, str] = {}
+    for child in psutil.Process(node.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found[child] = " ".join(child.cmdline())
+    servers = [child for child, line in found.items() if "rpc" in line]
+    _, left = await asyncio.to_thread(psutil.wait_procs, servers, timeout=10.0)
+    return [found[child] for child in left]
 
 
 async def test_what_is_too_big_waits_for_others_and_comes_back_with_them(
@@ -275,6 +280,7 @@ async def test_several_engines_over_one_split_model(
         return [content(answer) for answer in answers]
 
     assert await ask_all() == solo
+    await see_all_slots(host, 4)
     # One ends within its answers: those come from the other, which has the weights all the same.
     asking = asyncio.gather(*(chat(host, "red", tokens=200, text=one) for one in texts))
     await asyncio.to_thread(wait_for_work, pair[0])
@@ -284,6 +290,28 @@ async def test_several_engines_over_one_split_model(
     assert await ask_all() == solo
     # For the group it is nothing that happened.
     assert (await host.status())["split"]["term"] == term
+
+
+async def see_all_slots(host: NodeProcess, count: int) -> None:
+    """In llama.cpp's own API, several engines have the slots of one."""
+    slots = (await host.api.get("/slots")).expect().json()
+    assert [slot["id"] for slot in slots] == list(range(count))
+    assert (await host.api.get("/props")).expect().json()["total_slots"] == count
+    cached: dict[tuple[int, int], int] = {}
+    # Each slot reads a text of its own, and again; then that of a slot of the other engine.
+    for number, text in [(at, at) for at in range(count)] * 2 + [(0, count - 1), (count - 1, 0)]:
+        asked = {"prompt": f"{text} of the nodes is the one that all others know", "n_predict": 2, "id_slot": number}
+        answer = (await host.api.post("/completion", asked)).expect().json()
+        assert answer["id_slot"] == number
+        cached[number, text] = answer["timings"]["cache_n"]
+        lines = (await host.api.post("/completion", {**asked, "stream": True})).expect().body.decode().splitlines()
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        # But for the last event, llama.cpp says -1.
+        assert events[-1]["id_slot"] == number
+    assert all(cached[at, at] > 4 for at in range(count))
+    assert cached[0, count - 1] == cached[count - 1, 0] == 0
+    other = (await host.api.post("/completion", {"prompt": "one", "n_predict": 2, "id_slot": count})).expect().json()
+    assert other["id_slot"] in range(count)
 
 
 def wait_for_work(engine: psutil.Process) -> None:

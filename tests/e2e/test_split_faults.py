@@ -16,6 +16,7 @@ from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
 from tests.support.pool import chat, content, named, until, warm
+from tests.support.process import words_of
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -70,7 +71,7 @@ async def group_of(
 
 async def runs_one(node: NodeProcess, kind: str) -> None:
     """A node runs one engine of a kind; those of earlier forms end, at the latest some seconds after."""
-    found = [process for process in node.process.family() if any(kind in word for word in process.cmdline())]
+    found = [process for process in node.process.family() if any(kind in word for word in words_of(process))]
     found.sort(key=lambda process: process.create_time())
     assert found, f"no {kind}"
     _, left = await asyncio.to_thread(psutil.wait_procs, found[:-1], timeout=15.0)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
 from mesh_llm.cli.client import events
-from mesh_llm.console.app import CALLS
 from mesh_llm.console.auth import TOKEN_HEADER
+from mesh_llm.console.routes import CALLS
 from mesh_llm.core.types.errors import MeshError
 
 _TEXT = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=60)

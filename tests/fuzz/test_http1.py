@@ -55,7 +55,7 @@ streams = st.lists(fragments, max_size=30)
 header_lists = st.lists(st.tuples(st.binary(max_size=12), st.binary(max_size=20)), max_size=5)
 
 
-@pytest.mark.parametrize("make", [lambda: ResponseParser(LIMITS), lambda: RequestParser(LIMITS)])
+@pytest.mark.parametrize("make", [lambda: ResponseParser(LIMITS, lambda _: None), lambda: RequestParser(LIMITS)])
 @given(pieces=streams)
 def test_readers_raise_only_http1_error(
     make: Callable[[], ResponseParser | RequestParser], pieces: list[bytes]

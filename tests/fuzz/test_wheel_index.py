@@ -24,7 +24,7 @@ from mesh_llm.engine.accelerators.index import (
 )
 from mesh_llm.engine.accelerators.wheel_archive import to_fetch, unpack
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
-from mesh_llm.engine.sources.embedded.backends import KINDS
+from mesh_llm.engine.sources.embedded.loading import KINDS
 
 TAGS = list(sys_tags())
 PAGE = f"https://host.example/whl/vulkan/{PACKAGE}/"

@@ -10,15 +10,13 @@ import pytest
 
 from mesh_llm.engine.compiler import find_compiler
 from mesh_llm.engine.installation import Part, digest, record_part
-from mesh_llm.engine.sources.embedded import backends, plugin
+from mesh_llm.engine.sources.embedded import loading, plugin
 from mesh_llm.engine.sources.embedded.archive import SDIST_NAME, VERSION, unpack
 
 _SOURCE = Path(__file__).parents[1] / "support" / "stand_in_gpu.cpp"
 _ARCHIVE = Path(sys.prefix) / "share" / "mesh-llm" / "source" / SDIST_NAME
 
-VULKAN_PLUGIN = (
-    Path(sys.prefix) / "share" / "mesh-llm" / "tests" / f"{VERSION}-{backends.library_name(backends.VULKAN)}"
-)
+VULKAN_PLUGIN = Path(sys.prefix) / "share" / "mesh-llm" / "tests" / f"{VERSION}-{loading.library_name(loading.VULKAN)}"
 """Where `make setup-dev` puts it (tools/build_vulkan.py): no node of this environment loads it by itself."""
 
 NO_FAULT, CRASH_AT_LOAD, CRASH_AT_OPERATOR, HANG, WRONG_OPERATOR, WRONG_MODEL, LITTLE_MEMORY = range(7)
@@ -60,11 +58,11 @@ def llvmpipe(monkeypatch: pytest.MonkeyPatch) -> Path:
     return VULKAN_PLUGIN
 
 
-def installed(cache: Path, library: Path, kind: str = backends.VULKAN) -> Path:
+def installed(cache: Path, library: Path, kind: str = loading.VULKAN) -> Path:
     """Install a library as the accelerator of a home; returns its path there."""
     directory = cache / "engine" / plugin.key()
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / backends.library_name(kind)
+    path = directory / loading.library_name(kind)
     if path.exists():
         path.unlink()
     os.link(library, path)

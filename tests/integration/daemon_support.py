@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 from tests.support.node import NodeProcess
+from tests.support.process import words_of
 
 Status = dict[str, Any]
 
@@ -32,17 +33,15 @@ def state(status: Status, model: str) -> str:
 
 
 def engines(node: NodeProcess) -> list[psutil.Process]:
-    """The processes of a node that run llama.cpp."""
+    """The processes of a node that serve a model by llama.cpp."""
     family = node.process.family()
-    return [process for process in family if process.pid != node.process.pid and not _waits(process)]
+    return [process for process in family if process.pid != node.process.pid and _serves(process)]
 
 
-def _waits(process: psutil.Process) -> bool:
-    """Whether a process only watches another one."""
-    try:
-        return any(word.endswith("guard.py") for word in process.cmdline())
-    except psutil.NoSuchProcess:
-        return True
+def _serves(process: psutil.Process) -> bool:
+    """Whether a process neither watches another one, nor measures this machine, nor has ended."""
+    words = words_of(process)
+    return bool(words) and not any(word.endswith(("guard.py", ".probe_main")) for word in words)
 
 
 def chat(text: str = "Hello", **fields: Any) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def client_of(engine: RunningEngine, timeout: float = 60.0) -> HttpClient:
     return HttpClient(int(place), headers=headers, timeout=timeout)
 
 
-async def has_ended(pid: int, seconds: float = 5.0) -> None:
+async def has_ended(pid: int, seconds: float = 20.0) -> None:
     """Wait for the end of any process, child or not, also where nobody collects its status."""
     try:
         handle = os.pidfd_open(pid)
@@ -98,7 +98,7 @@ async def has_ended(pid: int, seconds: float = 5.0) -> None:
         os.close(handle)
 
 
-async def logged(engine: RunningEngine, text: str, seconds: float = 10.0) -> None:
+async def logged(engine: RunningEngine, text: str, seconds: float = 20.0) -> None:
     """Wait until an engine's log says something: llama.cpp logs from a thread of its own, after it has answered."""
     path = engine.log_path
     async with asyncio.timeout(seconds):

@@ -6,22 +6,27 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from mesh_llm.core.types.announcement import Announcement, SignedAnnouncement
 from mesh_llm.core.types.events import AnyEvent, Event
 from mesh_llm.core.types.gossip import Ack, Exchange, MeshMessage, Ping, PingRequest
-from mesh_llm.core.types.ids import Incarnation
+from mesh_llm.core.types.ids import Incarnation, NodeId
 from mesh_llm.net.admission.credentials import SigningKey, node_key
 from mesh_llm.net.limits import NetLimits
 from mesh_llm.net.mesh import MeshNet, MeshNetConfig
+from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.endpoint import EndpointSettings
 from mesh_llm.runtime.home import Home
 
 EventType = TypeVar("EventType", bound=Event)
 
 TIMEOUT = 20.0
+
+_NODES = WeakValueDictionary[NodeId, "MeshNode"]()
+"""The nodes of this process; of several with one key the last that was made."""
 
 
 class PlainCodec:
@@ -85,14 +90,56 @@ class MeshNode:
         )
         self.key = key
         self.net = MeshNet(config, key, PlainCodec(), self._on_event, self._clock)
+        self._watch_connections()
+        _NODES[self.net.node_id] = self
 
     def _clock(self) -> float:
         return time.time() + self.offset
 
+    def _watch_connections(self) -> None:
+        """Take note of every connection that comes and goes: those of clients are no events."""
+        adapter = self.net._events
+        connected, lost = adapter.connected, adapter.lost
+
+        def noted(connection: PeerConnection) -> None:
+            connected(connection)
+            self._wake()
+
+        def noted_end(connection: PeerConnection, reason: str, *, clean: bool) -> None:
+            lost(connection, reason, clean=clean)
+            self._wake()
+
+        adapter.connected, adapter.lost = noted, noted_end
+
     def _on_event(self, event: AnyEvent) -> None:
         self.events.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+    async def connected_to(self, *others: "MeshNode") -> None:
+        """Wait until these nodes are connected, as this one sees it, and in their present run.
+
+        Which of two nodes counts the other as connected first, is a matter of timing.
+        """
+
+        def holds(other: MeshNode) -> bool:
+            found = self.net.connections.find(other.net.node_id)
+            return found is not None and found.peer.session == other.net.issuer._program.session
+
+        await self._until(lambda: all(map(holds, others)))
+
+    async def only_connected_to(self, *others: "MeshNode") -> None:
+        """Wait until no node but these is connected, as this one sees it."""
+        wanted = {other.net.node_id for other in others}
+        await self._until(lambda: set(self.net.connections.nodes()) == wanted)
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(TIMEOUT):
+            while not holds():
+                await self._news.wait()
 
     async def seen(
         self, kind: type[EventType], matches: Callable[[EventType], bool] = lambda _: True, timeout: float = TIMEOUT
@@ -127,6 +174,14 @@ async def running(*nodes: MeshNode) -> AsyncGenerator[None]:
         yield
     finally:
         await asyncio.gather(*(node.net.close() for node in nodes))
+
+
+async def join(*nodes: MeshNode) -> None:
+    """Let these nodes join, one after the other, until both sides count each as connected."""
+    for node in nodes:
+        report = await node.net.joiner.join()
+        assert report.admitted, report.problems
+        await _NODES[report.admitted].connected_to(node)
 
 
 async def within(seconds: float, awaitable: Awaitable[Any]) -> Any:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from tests.integration.net_nodes import MeshNode, running
+from tests.integration.net_nodes import MeshNode, join, running
 
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.ids import NodeId
@@ -12,7 +12,9 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.net.tls.dialer import MAX_CONNECTIONS_TO_PEER
 from mesh_llm.net.tls.streams import TlsStream
+from mesh_llm.wire.codec import encode
 from mesh_llm.wire.mesh.frames import StreamType
+from mesh_llm.wire.mesh.transport import MAX_TRANSPORT_FRAME, TransportOffer, TransportRequest, decode_offer
 
 
 class Pair:
@@ -40,7 +42,7 @@ async def pair(scope: str = "serve", *, tls: bool = False, **limits: Any) -> Asy
     async with running(server):
         asker = MeshNode(server.net.create_invite(scope, 3600.0, None).token, tls=tls, **limits)
         async with running(asker):
-            assert (await asker.net.joiner.join()).admitted
+            await join(asker)
             yield Pair(server, asker, tls=tls)
 
 
@@ -56,3 +58,19 @@ async def echo(stream: ByteStream, _peer: NodeId) -> None:
     while data := await stream.read(65536):
         await stream.write(data.upper())
     await stream.finish()
+
+
+async def offer(nodes: Pair, tickets: int = 1) -> TransportOffer:
+    """An offer, as the peer's dialler gets it."""
+    stream = await nodes.open(StreamType.TRANSPORT)
+    await stream.write_frame(encode(TransportRequest(tickets)))
+    payload = await stream.read_frame(MAX_TRANSPORT_FRAME)
+    stream.abort()
+    found = decode_offer(payload or b"")
+    assert isinstance(found, TransportOffer)
+    return found
+
+
+def port_of(node: MeshNode) -> int:
+    """Where it listens for TLS over TCP."""
+    return node.net.tls_listener.ports[0]

@@ -41,7 +41,7 @@ class Stranger:
         assert not isinstance(reply, Malformed)
         return reply
 
-    async def closed(self, timeout: float = 5.0) -> str:
+    async def closed(self, timeout: float = 20.0) -> str:
         """Why the node closed the connection."""
         async with asyncio.timeout(timeout):
             return await self.connection.closed()
@@ -55,7 +55,7 @@ async def stranger(node: MeshNet, key: SigningKey | None = None) -> AsyncGenerat
     ).bind()
     scope = TaskScope("stranger")
     try:
-        connection = await endpoint.connect(node.node_id, node.reachable().addresses, "", 5.0)
+        connection = await endpoint.connect(node.node_id, node.reachable().addresses, "", 20.0)
         yield Stranger(connection, scope)
     finally:
         await scope.close()

@@ -22,7 +22,7 @@ from mesh_llm.engine.installation import Part, record_part
 from mesh_llm.engine.process import run
 from mesh_llm.engine.sources.embedded import plugin
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
-from mesh_llm.engine.sources.embedded.backends import VULKAN
+from mesh_llm.engine.sources.embedded.loading import VULKAN
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import DeviceKind
 from mesh_llm.engine.supervisor import Supervisor

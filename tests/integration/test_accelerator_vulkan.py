@@ -12,7 +12,7 @@ from mesh_llm.engine.accelerators import build, recipe
 from mesh_llm.engine.accelerators.build import Step
 from mesh_llm.engine.devices import measure
 from mesh_llm.engine.sources.embedded.archive import provide_archive
-from mesh_llm.engine.sources.embedded.backends import VULKAN
+from mesh_llm.engine.sources.embedded.loading import VULKAN
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
 from mesh_llm.engine.spec import CPU_DEVICE, DeviceKind
 from mesh_llm.engine.supervisor import Supervisor

@@ -26,7 +26,7 @@ GREEDY = {"temperature": 0}
 @pytest.fixture
 async def api(supervisor: Supervisor, embedded: EmbeddedSource, model: Model) -> AsyncGenerator[Api]:
     """A API with one real engine behind it."""
-    engine = await started(supervisor, embedded, small_spec(model("small"), alias=NAME, context=1024, slots=4), "s")
+    engine = await started(supervisor, embedded, small_spec(model("small"), alias=NAME, context=4096, slots=4), "s")
     assert engine.info is not None
     async with running_api([route(NAME, local(engine.info.address))], key=engine.info.key) as api:
         yield api
@@ -187,9 +187,12 @@ async def test_a_cancelled_stream_frees_its_slot(api: Api, client: openai.AsyncO
     await anext(aiter(stream))
     assert await busy_slots(api) == 1
     await stream.close()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         while await busy_slots(api):
             pass
+        await api.traffic.until(lambda: len(api.traffic.ended) == len(api.traffic.begun))
+    # It was broken off, and did not go on until the context was full.
+    assert max(tokens for *_, tokens in api.traffic.ended) < 4000
     after = await client.chat.completions.create(model=NAME, messages=QUESTION, max_tokens=2)
     assert after.choices[0].message.content
 

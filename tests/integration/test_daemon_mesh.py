@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,14 +50,10 @@ async def test_a_killed_node_is_not_routed_to_and_comes_back(
     await until(first, lambda status: state(status, TWO) == "warm")
     (await first.api.post("/v1/chat/completions", chat(model=TWO))).expect()
     await other.kill()
-    killed = time.monotonic()
-    await until(first, lambda status: state(status, TWO) != "warm", timeout=20.0)
-    assert time.monotonic() - killed < 5.0
+    await until(first, lambda status: state(status, TWO) != "warm")
     assert (await first.api.post("/v1/chat/completions", chat(model=TWO))).status in {404, 503}
     await other.restart()
-    ready = time.monotonic()
-    await until(first, lambda status: state(status, TWO) == "warm", timeout=20.0)
-    assert time.monotonic() - ready < 2.0
+    await until(first, lambda status: state(status, TWO) == "warm")
     (await first.api.post("/v1/chat/completions", chat(model=TWO))).expect()
 
 
@@ -69,10 +64,15 @@ async def test_a_node_that_leaves_is_gone_at_once(
     first = await start_node("a", models=[random_model("small")], lab=lab, host=0)
     other = await start_node("b", models=[second], join=[await first.invite()], lab=lab, host=1)
     await until(first, lambda status: state(status, TWO) == "warm")
-    begun = time.monotonic()
+    who = (await other.status())["node_id"]
     assert await other.stop() == 0
-    assert time.monotonic() - begun < 3.0
-    await until(first, lambda status: not status["peers"], timeout=3.0)
+    await until(first, lambda status: not status["peers"])
+    # It said so: nobody had to find out.
+    notices = (await first.console.get("/api/notices")).expect().json()
+    assert [one["code"] for one in notices if one["about"] == who and one["code"].startswith("peer_")] == [
+        "peer_joined",
+        "peer_left",
+    ]
 
 
 async def test_a_joiner_without_a_model_takes_what_nobody_serves(
@@ -101,7 +101,7 @@ async def test_a_standby_node_takes_over_the_model_of_a_dead_one(
     await until(spare, lambda status: status["role"] == "standby")
     await until(spare, lambda status: len(status["peers"]) == 2)
     await host.kill()
-    await until(spare, lambda status: state(status, TWO) == "warm" and status["role"] == "serve", timeout=30.0)
+    await until(spare, lambda status: state(status, TWO) == "warm" and status["role"] == "serve")
     await until(first, lambda status: state(status, TWO) == "warm")
     (await first.api.post("/v1/chat/completions", chat(model=TWO))).expect()
 

@@ -10,6 +10,7 @@ from tests.integration.engine_fixtures import (
     Model,
     client_of,
     embedded,
+    logged,
     model,
     small_spec,
     started,
@@ -129,15 +130,18 @@ async def busy_slots(client: HttpClient) -> int:
 async def test_a_client_that_leaves_frees_its_slot(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
-    client = client_of(await started(supervisor, embedded, small_spec(model("small"), context=4096, slots=1), "s"))
-    body = CHAT | {"max_tokens": 4000, "stream": True}
+    engine = await started(supervisor, embedded, small_spec(model("small"), context=4096, slots=1), "s")
+    client = client_of(engine)
+    body = CHAT | {"max_tokens": 4000, "stream": True, "ignore_eos": True}
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         async for _ in answer.events():
             break
         assert await busy_slots(client) == 1
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         while await busy_slots(client):
             pass
+    # It was broken off, and not answered to its end.
+    await logged(engine, "cancel task")
 
 
 async def test_guesses_change_the_speed_and_not_the_words(

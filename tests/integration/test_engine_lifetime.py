@@ -24,7 +24,7 @@ from tests.integration.engine_fixtures import (
 from mesh_llm.core.types.ports import EngineEnd
 from mesh_llm.engine.process import Child, Command, python_module
 from mesh_llm.engine.sources.embedded.source import EmbeddedSource
-from mesh_llm.engine.supervisor import Exit, Supervisor
+from mesh_llm.engine.supervisor import Exit, RunningEngine, Supervisor
 from mesh_llm.runtime.supervision import TaskScope
 
 __all__ = ["embedded", "model", "supervisor"]
@@ -75,7 +75,7 @@ async def test_a_killed_daemon_leaves_no_engine_and_no_port(
     daemon, pid, address = await start_daemon(model("small"), tmp_path, "ready")
     assert is_open(address)
     daemon.kill()
-    await has_ended(pid, seconds=2)
+    await has_ended(pid)
     await daemon.wait()
     assert not is_open(address)
 
@@ -83,7 +83,7 @@ async def test_a_killed_daemon_leaves_no_engine_and_no_port(
 async def test_also_while_the_engine_is_still_loading(embedded: EmbeddedSource, model: Model, tmp_path: Path) -> None:
     daemon, pid, _ = await start_daemon(model("small"), tmp_path, "started")
     daemon.kill()
-    await has_ended(pid, seconds=2)
+    await has_ended(pid)
     await daemon.wait()
 
 
@@ -94,7 +94,7 @@ async def test_a_killed_engine_is_told_with_its_last_lines(
     await client_of(engine).post("/v1/completions", {"prompt": "the mesh", "max_tokens": 2})
     await logged(engine, "stop processing")
     os.kill(engine.pid, signal.SIGKILL)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         exit_ = await engine.wait()
     assert exit_.code == -signal.SIGKILL
     assert not exit_.never_ready
@@ -111,7 +111,7 @@ async def test_an_engine_that_ends_by_itself_of_a_request_is_told_from_one_that_
     deadly = {"prompt": "x", "grammar": "root ::= " + "(" * 50_000 + '"a"' + ")" * 50_000}
     with pytest.raises(ConnectionError):
         await client_of(engine).post("/v1/completions", deadly)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         exit_ = await engine.wait()
     assert exit_.end is EngineEnd.CRASHED
 
@@ -119,7 +119,7 @@ async def test_an_engine_that_ends_by_itself_of_a_request_is_told_from_one_that_
 async def test_a_build_for_another_processor_is_told_with_what_to_do(supervisor: Supervisor) -> None:
     command = Command(argv=(sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGILL)"))
     engine = await supervisor.launch(command, "foreign")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         exit_ = await engine.wait()
     assert exit_.never_ready
     assert exit_.reason.startswith("ended by SIGILL (llama.cpp built for another processor?")
@@ -130,28 +130,39 @@ async def test_stopping_is_quick_and_frees_the_port(
 ) -> None:
     engine = await started(supervisor, embedded, small_spec(model("small")), "s")
     assert engine.info is not None
-    before = time.monotonic()
     exit_ = await engine.stop()
-    assert time.monotonic() - before < 1
+    # Not by SIGKILL, which comes a second later.
     assert exit_ == Exit(code=-signal.SIGTERM, reason="stopped", never_ready=False, asked=True)
     assert not is_open(engine.info.address)
     assert await engine.stop() == exit_
 
 
 async def test_closing_ends_all_side_by_side_ready_or_not(
-    supervisor: Supervisor, embedded: EmbeddedSource, model: Model
+    supervisor: Supervisor, embedded: EmbeddedSource, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stop, stopping, most = RunningEngine.stop, 0, 0
+
+    async def counted(engine: RunningEngine, grace: float) -> Exit:
+        nonlocal stopping, most
+        stopping += 1
+        most = max(most, stopping)
+        try:
+            return await stop(engine, grace)
+        finally:
+            stopping -= 1
+
     ready = await started(supervisor, embedded, small_spec(model("small")), "a")
     loading = [
         await supervisor.launch(await supervisor.server_command(embedded, small_spec(model("small"))), f"b{n}")
         for n in range(2)
     ]
-    before = time.monotonic()
+    monkeypatch.setattr(RunningEngine, "stop", counted)
     await supervisor.close()
-    assert time.monotonic() - before < 2
+    assert most == 3
     for engine in (ready, *loading):
-        assert (await engine.wait()).asked
-        await has_ended(engine.pid, seconds=1)
+        exit_ = await engine.wait()
+        assert (exit_.code, exit_.asked) == (-signal.SIGTERM, True)
+        await has_ended(engine.pid)
 
 
 async def deaf_child(log: Path) -> Child:
@@ -167,7 +178,7 @@ async def test_a_child_that_ignores_sigterm_is_made_to_end(tmp_path: Path) -> No
     child = await deaf_child(tmp_path / "a.log")
     before = time.monotonic()
     assert await child.stop(grace=0.2) == -signal.SIGKILL
-    assert 0.2 <= time.monotonic() - before < 1.5
+    assert time.monotonic() - before >= 0.2
     assert child.last_lines() == "deaf"
 
 
@@ -216,7 +227,7 @@ async def test_elsewhere_the_guard_watches_its_parent_by_a_pipe() -> None:
     assert pid != process.pid
     # The pipe's end is what a parent's death looks like.
     process.stdin.close()
-    await has_ended(pid, seconds=2)
+    await has_ended(pid)
     assert await process.wait() == 137
 
 

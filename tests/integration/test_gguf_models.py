@@ -23,7 +23,7 @@ def complete(model: Path, prompt: list[int], count: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("preset", ["small", "small-draft"])
+@pytest.mark.parametrize("preset", ["small", "small-draft", "small-heads"])
 @pytest.mark.parametrize("length", [16, 700])
 def test_greedy_output_is_what_was_foretold_and_never_close(
     random_model: Callable[[str], Path], preset: str, length: int

@@ -1,12 +1,11 @@
 """Who comes in, who does not, and who is thrown out: real iroh on loopback."""
 
-import asyncio
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
-from tests.integration.net_nodes import MeshNode, running
+from tests.integration.net_nodes import MeshNode, join, running
 from tests.integration.net_raw import stranger
 
 from mesh_llm.core.types.effects import KnownPeer
@@ -32,12 +31,6 @@ def invite_bytes(token: str) -> bytes:
     invite = parse_invite(token)
     assert isinstance(invite, Invite)
     return encode(invite)
-
-
-async def join(*nodes: MeshNode) -> None:
-    for node in nodes:
-        report = await node.net.joiner.join()
-        assert report.admitted, report.problems
 
 
 @pytest.mark.parametrize("scope", ["client", "serve", "split"])
@@ -289,10 +282,9 @@ async def test_revoking_an_invite_cuts_whoever_it_admitted_everywhere_and_for_ev
                 other.net.node_id, Exchange(entries=(guest.announcement(),)), other.net.reachable().addresses
             )
             await other.seen(PeerConnected, lambda event: event.node == guest.net.node_id)
-            began = asyncio.get_running_loop().time()
             founder.net.revoke_invite(bad_invite.id[:8])
+            # At once: what only falls silent is noticed after 30 s.
             lost = await guest.seen(PeerLost, lambda event: event.node == founder.net.node_id)
-            assert asyncio.get_running_loop().time() - began < 1.0
             assert lost.reason == "revoked"
             # The core of the founder is told, and gossips it; here its message is made by hand.
             learned = await founder.seen(RevocationLearned)
@@ -400,6 +392,7 @@ async def test_revocation_reaches_whom_the_revoked_let_in_though_it_was_away():
             async with running(b):
                 await join(b)
                 contacts = b.net.create_invite("serve", DAY, None).token
+            await founder.only_connected_to(a)
             # B is gone. Its invite leads to B alone, so X is told where A is; so is Y, that comes by X's.
             x = MeshNode(contacts)
             async with running(x):
@@ -458,9 +451,10 @@ async def test_nothing_outlives_its_issuer():
                 assert (reply.refusal.reason, reply.refusal.subject) == (reason, Subject.INVITE)
 
 
-async def test_a_member_is_cut_at_the_moment_its_admission_ends():
-    # Housekeeping comes every 15 seconds: the end does not wait for it, nor for the next look at paths.
-    founder = MeshNode()
+async def test_a_member_is_cut_at_the_moment_its_admission_ends(monkeypatch: pytest.MonkeyPatch):
+    # The end does not wait for housekeeping, which does not come here.
+    monkeypatch.setattr("mesh_llm.net.maintenance._HOUSEKEEPING_SECONDS", DAY)
+    founder = MeshNode(idle_after=2 * DAY)
     async with running(founder):
         token = founder.net.create_invite("serve", 366 * DAY, None).token
         founder.offset -= 90 * DAY - 4.0
@@ -468,12 +462,12 @@ async def test_a_member_is_cut_at_the_moment_its_admission_ends():
         member.offset = founder.offset
         async with running(member):
             await join(member)
-            await founder.seen(PeerConnected)
-            began = asyncio.get_running_loop().time()
+            held = member.net.credentials.certificate
+            assert held is not None
             founder.offset = member.offset = 0.0
             lost = await member.seen(PeerLost)
             assert lost.reason == "expired"
-            assert 1.0 < asyncio.get_running_loop().time() - began < 6.0
+            assert time.time() >= held.expires
             told = await member.seen(UserWarned)
             assert told.code == "certificate_expired"
 

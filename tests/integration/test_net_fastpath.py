@@ -4,6 +4,7 @@ Each side runs in a process of its own: a patch cannot be taken off again.
 """
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -118,10 +119,23 @@ def test_the_fast_paths_are_still_needed_and_still_work():
     assert stock["lost"] > 0, f"stock bindings lose nothing now: {stock}: remove that part of the fast paths"
 
 
-def test_another_release_is_left_alone(monkeypatch: pytest.MonkeyPatch):
-    def other(_: str) -> str:
-        return "9.9.9"
+def _other(_: str) -> str:
+    return "9.9.9"
 
+
+def test_another_release_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bindings, "_installed", False)
-    monkeypatch.setattr(bindings, "version", other)
+    monkeypatch.setattr(bindings, "version", _other)
     assert bindings.install() is False
+
+
+def test_errors_keep_no_stacks_unless_the_user_wants_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bindings, "_installed", False)
+    monkeypatch.setattr(bindings, "version", _other)
+    for wanted, found in ((None, "0"), ("1", "1")):
+        if wanted is None:
+            monkeypatch.delenv("RUST_LIB_BACKTRACE", raising=False)
+        else:
+            monkeypatch.setenv("RUST_LIB_BACKTRACE", wanted)
+        bindings.install()
+        assert os.environ["RUST_LIB_BACKTRACE"] == found

@@ -10,8 +10,9 @@ import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import msgspec
 import pytest
-from tests.integration.net_nodes import MeshNode, running
+from tests.integration.net_nodes import TIMEOUT, MeshNode, join, running
 
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.effects import KnownPeer
@@ -28,11 +29,11 @@ from mesh_llm.core.types.events import (
 from mesh_llm.core.types.gossip import Exchange, Ping
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.net.quic.connection import PathSample
+from mesh_llm.net.quic.connection import PathSample, PeerConnection
 from mesh_llm.runtime.supervision import TaskScope
 
-ACCEPT_SECONDS = 1.0
-"""`accept_timeout` in these tests."""
+PATIENCE = 10 * TIMEOUT
+"""An `accept_timeout` that a busy machine does not reach."""
 
 CHILD = """
 import asyncio, sys
@@ -95,6 +96,20 @@ async def child(home: Path, *tokens: str) -> AsyncGenerator[Child]:
             await process.wait()
 
 
+async def known(node: MeshNode, peer: Child) -> PeerConnection:
+    """The connection to a peer that answers."""
+    await node.seen(PeerConnected, lambda event: event.node == peer.node)
+    assert await ask(node, peer.target) == b"hello"
+    connection = node.net.connections.find(peer.node)
+    assert connection is not None
+    return connection
+
+
+def give(connection: PeerConnection, seconds: float) -> None:
+    """So long the peer has from now on to accept a stream."""
+    connection._limits = msgspec.structs.replace(connection._limits, accept_timeout=seconds)
+
+
 async def ask(node: MeshNode, target: Target) -> bytes:
     stream = await node.net.open_http(target)
     try:
@@ -109,8 +124,7 @@ async def test_two_dials_at_once_end_in_one_connection_that_both_use():
     async with running(founder):
         nodes = [MeshNode(founder.net.invite_book.token()) for _ in range(2)]
         async with running(*nodes):
-            for node in nodes:
-                assert (await node.net.joiner.join()).admitted
+            await join(*nodes)
             one, two = (node.net for node in nodes)
             one.send(two.node_id, Ping(nonce=1), two.reachable().addresses)
             two.send(one.node_id, Ping(nonce=2), one.reachable().addresses)
@@ -136,40 +150,43 @@ async def test_many_dials_at_once_lose_no_message():
             nodes = [MeshNode(founder.net.invite_book.token()) for _ in range(3)]
             pairs = [(one, two) for one in nodes for two in nodes if one is not two]
             async with running(*nodes):
-                for node in nodes:
-                    assert (await node.net.joiner.join()).admitted
+                await join(*nodes)
                 for one, two in pairs:
                     one.net.send(two.net.node_id, Ping(nonce=1), two.net.reachable().addresses)
                 for one, two in pairs:
                     # A message may be on its way over the connection that does not stay.
-                    await two.seen(MessageReceived, lambda event, one=one: event.peer == one.net.node_id, timeout=5)
+                    await two.seen(MessageReceived, lambda event, one=one: event.peer == one.net.node_id)
                 assert not [e for node in nodes for e in node.events if isinstance(e, PeerLost | SendFailed)]
 
 
 async def test_a_request_to_a_killed_peer_fails_within_the_accept_timeout(tmp_path: Path):
-    node = MeshNode(accept_timeout=ACCEPT_SECONDS)
+    node = MeshNode(accept_timeout=PATIENCE)
     async with running(node), child(tmp_path, node.net.invite_book.token()) as peer:
-        assert await ask(node, peer.target) == b"hello"
+        give(await known(node, peer), 1.0)
         await peer.kill()
         began = time.perf_counter()
         with pytest.raises(ConnectionError, match="does not answer"):
             await ask(node, peer.target)
-        assert time.perf_counter() - began < ACCEPT_SECONDS + 0.5
+        # QUIC itself would notice after 30 s.
+        assert time.perf_counter() - began < 15.0
 
 
 async def test_a_frozen_peer_is_not_waited_for_and_thaws(tmp_path: Path):
-    node = MeshNode(accept_timeout=ACCEPT_SECONDS)
+    node = MeshNode(accept_timeout=PATIENCE)
     async with running(node), child(tmp_path, node.net.invite_book.token()) as peer:
-        assert await ask(node, peer.target) == b"hello"
+        connection = await known(node, peer)
+        give(connection, 1.0)
         peer.process.send_signal(signal.SIGSTOP)
         with pytest.raises(ConnectionError, match="does not answer"):
             await ask(node, peer.target)
+        give(connection, PATIENCE)
         peer.process.send_signal(signal.SIGCONT)
         assert await ask(node, peer.target) == b"hello"
 
 
 async def test_a_killed_and_restarted_peer_is_used_again_at_once(tmp_path: Path):
-    node = MeshNode(accept_timeout=ACCEPT_SECONDS)
+    # For so long it would wait on the connection to the killed one.
+    node = MeshNode(accept_timeout=PATIENCE)
     async with running(node):
         async with child(tmp_path, node.net.invite_book.token()) as peer:
             first = await node.seen(PeerConnected)
@@ -179,9 +196,8 @@ async def test_a_killed_and_restarted_peer_is_used_again_at_once(tmp_path: Path)
         async with child(tmp_path, node.net.invite_book.token()) as again:
             assert again.node == first.node
             await node.seen(PeerConnected)
-            began = time.perf_counter()
-            assert await ask(node, again.target) == b"hello"
-            assert time.perf_counter() - began < 1.0
+            async with asyncio.timeout(TIMEOUT):
+                assert await ask(node, again.target) == b"hello"
 
 
 async def test_a_peer_that_goes_in_good_order_is_seen_at_once():
@@ -189,28 +205,31 @@ async def test_a_peer_that_goes_in_good_order_is_seen_at_once():
     async with running(node):
         peer = MeshNode(node.net.invite_book.token())
         async with running(peer):
-            assert (await peer.net.joiner.join()).admitted
+            await join(peer)
             peer.net.send(node.net.node_id, Ping(nonce=99))
-            began = time.perf_counter()
         lost = await node.seen(PeerLost)
         assert lost.clean
-        assert time.perf_counter() - began < 2.0
         # The last word was delivered before the goodbye.
         assert any(isinstance(event, MessageReceived) and event.message == Ping(nonce=99) for event in node.events)
 
 
 async def test_idle_connections_are_closed_where_there_are_many_and_made_again_when_needed():
-    node = MeshNode(keep_open=0, idle_after=0.4)
+    node = MeshNode(keep_open=0)
     async with running(node):
-        peer = MeshNode(node.net.invite_book.token(), idle_after=0.4)
+        peer = MeshNode(node.net.invite_book.token())
         async with running(peer):
-            assert (await peer.net.joiner.join()).admitted
+            await join(peer)
             # The streams of probes and gossip last as long as the connection: they do not keep it open.
             for one, other in ((peer, node), (node, peer)):
                 one.net.send(other.net.node_id, Ping(nonce=1))
                 one.net.send(other.net.node_id, Exchange(entries=(one.announcement(),)))
                 await other.seen(MessageReceived, lambda event: isinstance(event.message, Exchange))
+            # From now on: a message that is on its way when its connection closes may be lost.
+            connections = node.net.connections
+            connections.limits = msgspec.structs.replace(connections.limits, idle_after=0.4)
+            node.net._maintenance._limits = connections.limits
             lost = await peer.seen(PeerLost)
+            connections.limits = msgspec.structs.replace(connections.limits, idle_after=30.0)
             assert (lost.reason, lost.clean) == ("idle", True)
             peer.events.clear()
             node.events.clear()
@@ -233,10 +252,10 @@ async def test_connections_in_use_are_not_idle():
         node.net.serve_http(slow)
         peer, other = MeshNode(node.net.invite_book.token()), MeshNode(node.net.invite_book.token())
         async with running(peer, other):
-            assert (await peer.net.joiner.join()).admitted
+            await join(peer)
             stream = await peer.net.open_http(Target(node=node.net.node_id, local=False))
             await stream.write(b"question")
-            assert (await other.net.joiner.join()).admitted
+            await join(other)
             assert await stream.read(100) == b"at last"
 
 
@@ -245,7 +264,7 @@ async def test_passive_connections_close_when_unused():
     async with running(node):
         client = MeshNode(node.net.create_invite("client", 3600.0, None).token)
         async with running(client):
-            assert (await client.net.joiner.join()).admitted
+            await join(client)
             await client.seen(PeerLost)
         # The core of the serving node never heard of it.
         assert node.events == []
@@ -262,23 +281,22 @@ async def test_clients_leave_room_for_members():
             await client.net.joiner.join()
         member = MeshNode(node.net.invite_book.token())
         await stack.enter_async_context(running(member))
-        assert (await member.net.joiner.join()).admitted
+        await join(member)
         member.net.send(node.net.node_id, Ping(nonce=7), node.net.reachable().addresses)
         await node.seen(MessageReceived, lambda event: event.message == Ping(nonce=7))
 
 
 async def test_messages_to_nobody_fail_and_back_off():
-    node = MeshNode(dial_timeout=0.3)
+    node = MeshNode(dial_timeout=0.3, retry_base=3600.0)
     async with running(node):
         nobody = NodeId("1" * 64)
         node.net.send(nobody, Ping(nonce=1), ("127.0.0.1:9",))
         assert (await node.seen(SendFailed)).peer == nobody
         node.events.clear()
-        began = time.perf_counter()
         node.net.send(nobody, Ping(nonce=2))
         failed = await node.seen(SendFailed)
+        # Nobody was dialled a second time.
         assert "a moment ago" in failed.reason
-        assert time.perf_counter() - began < 0.2
 
 
 async def test_nothing_is_kept_of_peers_that_were_never_reached():
@@ -303,7 +321,7 @@ async def test_rejoin_reports_failure():
     async with running(founder):
         peer = MeshNode(founder.net.invite_book.token(), dial_timeout=0.5)
         async with running(peer):
-            assert (await peer.net.joiner.join()).admitted
+            await join(peer)
             where = KnownPeer(node=founder.net.node_id, addresses=founder.net.reachable().addresses)
             await founder.net.close()
             await peer.seen(PeerLost)
@@ -317,10 +335,10 @@ async def test_rejoin_finds_a_last_known_peer(tmp_path: Path):
     async with running(founder):
         third = MeshNode(founder.net.invite_book.token())
         async with running(third):
-            assert (await third.net.joiner.join()).admitted
-            peer = MeshNode(founder.net.invite_book.token(), dial_timeout=0.5)
+            await join(third)
+            peer = MeshNode(founder.net.invite_book.token())
             async with running(peer):
-                assert (await peer.net.joiner.join()).admitted
+                await join(peer)
                 await founder.net.close()
                 await peer.seen(PeerLost)
                 peer.events.clear()
@@ -346,8 +364,7 @@ async def test_a_copied_home_is_found_out_and_told_on_all_three_machines():
         one = MeshNode(third.net.invite_book.token())
         other = MeshNode(third.net.invite_book.token(), key=one.key)
         async with running(one, other):
-            for node in (one, other):
-                assert (await node.net.joiner.join()).admitted
+            await join(one, other)
 
             async def lives(node: MeshNode) -> None:
                 """As its core would, a node gossips with its peer all the time."""
@@ -372,29 +389,32 @@ async def test_a_restarted_node_is_no_copy(tmp_path: Path):
         for _ in range(3):
             node = MeshNode(third.net.invite_book.token(), home=tmp_path)
             async with running(node):
-                assert (await node.net.joiner.join()).admitted
+                await join(node)
         assert not [event for event in third.events if isinstance(event, UserWarned)]
 
 
 async def test_a_path_that_does_not_change_is_sampled_seldom_and_one_that_does_often(monkeypatch: pytest.MonkeyPatch):
-    first = MeshNode(sample_period=0.02)
+    # Checked by hand: on its own it would be done between two lines of this test, or not.
+    first = MeshNode(sample_period=60.0)
     async with running(first):
         second = MeshNode(first.net.create_invite("serve", 3600.0, None).token)
         async with running(second):
-            assert (await second.net.joiner.join()).admitted
-            await first.seen(PeerConnected)
+            await join(second)
             (connection,) = first.net.connections
-            samples, sample = 0, connection.sample
+            samples = 0
 
-            def counted() -> PathSample | None:
+            def counted() -> PathSample:
                 nonlocal samples
                 samples += 1
-                return sample()
+                return PathSample(1.0, relayed=False)
 
+            # The real one changes with this machine's other work.
             monkeypatch.setattr(connection, "sample", counted)
+            maintenance = first.net._maintenance
+            maintenance.check()
+            samples = 0
             # As after a long time: what comes next is seldom, a change makes it often again.
             connection.steady_since -= 3600.0
-            maintenance = first.net._maintenance
             for _ in range(3):
                 maintenance.check()
             assert samples <= 1
@@ -402,5 +422,5 @@ async def test_a_path_that_does_not_change_is_sampled_seldom_and_one_that_does_o
             monkeypatch.setattr(connection, "sample", lambda: PathSample(900.0, relayed=True))
             connection.sample_at = 0.0
             maintenance.check()
-            assert (await first.seen(PathChanged)).relayed
+            await first.seen(PathChanged, lambda event: event.relayed)
             assert connection.sample_at == 0.0

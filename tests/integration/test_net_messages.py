@@ -1,7 +1,7 @@
 """Messages of the mesh: what is verified, what is dropped, and who is thrown out for it."""
 
 import msgspec
-from tests.integration.net_nodes import MeshNode, PlainCodec, running
+from tests.integration.net_nodes import MeshNode, PlainCodec, join, running
 
 from mesh_llm.core.types.announcement import SignedAnnouncement
 from mesh_llm.core.types.events import MessageReceived, PeerLost, SendFailed
@@ -18,11 +18,6 @@ def is_exchange(event: MessageReceived) -> bool:
     return isinstance(event.message, Exchange)
 
 
-async def joined(*nodes: MeshNode) -> None:
-    for node in nodes:
-        assert (await node.net.joiner.join()).admitted
-
-
 def say(speaker: MeshNode, listener: MeshNode, message: MeshMessage) -> None:
     speaker.net.send(listener.net.node_id, message, listener.net.reachable().addresses)
 
@@ -32,7 +27,7 @@ async def test_messages_arrive_in_order_and_as_they_were():
     async with running(founder):
         member = MeshNode(founder.net.invite_book.token())
         async with running(member):
-            await joined(member)
+            await join(member)
             digest = Digest(node=member.net.node_id, incarnation=Incarnation(1), sequence=4)
             for nonce in range(50):
                 say(member, founder, Ping(nonce=nonce))
@@ -55,7 +50,7 @@ async def test_own_word_is_signed_once_and_carries_the_certificate():
     async with running(founder):
         member = MeshNode(founder.net.invite_book.token())
         async with running(member):
-            await joined(member)
+            await join(member)
             for _ in range(2):
                 say(member, founder, Exchange(entries=(member.announcement(sequence=3),)))
             await founder.seen(MessageReceived, is_exchange)
@@ -74,7 +69,7 @@ async def test_others_words_are_passed_on_and_verified_by_everybody():
     async with running(founder):
         one, two = MeshNode(founder.net.invite_book.token()), MeshNode(founder.net.invite_book.token())
         async with running(one, two):
-            await joined(one, two)
+            await join(one, two)
             say(one, founder, Exchange(entries=(one.announcement(),)))
             event = await founder.seen(MessageReceived, is_exchange)
             assert isinstance(event.message, Exchange)
@@ -106,7 +101,7 @@ async def test_a_changed_word_is_not_believed():
     async with running(founder):
         liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
-            await joined(liar)
+            await join(liar)
             assert "forged" in await expelled(liar, founder, forged(liar, name="somebody else"))
 
 
@@ -115,7 +110,7 @@ async def test_a_word_in_anothers_name_is_not_believed():
     async with running(founder):
         liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
-            await joined(liar)
+            await join(liar)
             assert "forged" in await expelled(liar, founder, forged(liar, node=founder.net.node_id))
 
 
@@ -124,7 +119,7 @@ async def test_a_word_of_another_mesh_is_not_believed():
     async with running(founder):
         liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
-            await joined(liar)
+            await join(liar)
             other = MeshId(SigningKey.generate().public.hex())
             assert "other_mesh" in await expelled(liar, founder, forged(liar, mesh=other))
 
@@ -134,7 +129,7 @@ async def test_a_node_without_admission_cannot_be_announced():
     async with running(founder):
         liar = MeshNode(founder.net.invite_book.token())
         async with running(liar):
-            await joined(liar)
+            await join(liar)
             # A key of its own making, properly signed, with the liar's certificate.
             ghost = SigningKey.generate()
             announcement = msgspec.structs.replace(
@@ -150,9 +145,13 @@ async def test_a_node_without_admission_cannot_be_announced():
 async def test_an_expired_word_is_dropped_but_whoever_passes_it_on_is_no_liar():
     founder = MeshNode()
     async with running(founder):
-        one, two = MeshNode(founder.net.invite_book.token()), MeshNode(founder.net.invite_book.token())
+        one, two = (
+            MeshNode(founder.net.invite_book.token()),
+            MeshNode(founder.net.invite_book.token(), sample_period=DAY),
+        )
         async with running(one, two):
-            await joined(one, two)
+            await join(one, two)
+            # It must not check its connections meanwhile: by its clock the founder's admission has ended too.
             old = one.net.guard.seal(one.announcement())
             two.offset += 91 * DAY
             founder.net.send(two.net.node_id, Exchange(entries=(old,)), two.net.reachable().addresses)
@@ -166,7 +165,7 @@ async def test_a_malformed_message_ends_the_connection():
     async with running(founder):
         member = MeshNode(founder.net.invite_book.token())
         async with running(member):
-            await joined(member)
+            await join(member)
 
             class Garbling(PlainCodec):
                 def encode(self, message: MeshMessage) -> bytes:
@@ -183,7 +182,7 @@ async def test_a_flood_is_slowed_down_and_nothing_grows():
     async with running(founder):
         member = MeshNode(founder.net.invite_book.token())
         async with running(member):
-            await joined(member)
+            await join(member)
             digests = tuple(
                 Digest(node=NodeId(f"{number:064x}"), incarnation=Incarnation(1), sequence=1)
                 for number in range(MAX_DIGESTS)
@@ -201,12 +200,12 @@ async def test_passive_nodes_neither_send_nor_get_gossip():
     async with running(founder):
         client = MeshNode(founder.net.create_invite("client", 3600.0, None).token, client=True)
         async with running(client):
-            await joined(client)
+            await join(client)
             say(client, founder, Ping(nonce=1))
             say(founder, client, Ping(nonce=2))
             member = MeshNode(founder.net.invite_book.token())
             async with running(member):
-                await joined(member)
+                await join(member)
                 say(member, founder, Ping(nonce=3))
                 await founder.seen(MessageReceived, lambda event: event.message == Ping(nonce=3))
             assert not [event for event in client.events if isinstance(event, MessageReceived)]

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.net_nodes import MeshNode, running
+from tests.integration.net_nodes import MeshNode, join, running
 
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.daemon.mesh import port_notices
 
 SOON: dict[str, Any] = {"dial_timeout": 1.0}
 
@@ -67,6 +68,20 @@ async def test_the_users_port_wins_and_is_kept(tmp_path: Path) -> None:
             assert (port_of(node), node.net.lost_port) == (wanted, 0)
 
 
+async def test_a_chosen_port_whose_tcp_half_is_taken_is_said(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port: int = other.getsockname()[1]
+        chosen = MeshNode(port=port)
+        async with running(chosen):
+            (notice,) = port_notices(chosen.net)
+            assert f"TCP port {port} of --quic-port" in notice.text
+    again, unasked = MeshNode(port=port), MeshNode()
+    async with running(again, unasked):
+        assert [*port_notices(again.net), *port_notices(unasked.net)] == []
+
+
 async def test_a_node_that_leaves_nothing_behind_keeps_no_port(tmp_path: Path) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "quic-ports").write_text("[1, -5]")
@@ -90,7 +105,7 @@ async def test_an_invite_whose_address_has_another_node_now() -> None:
         token, port = first.net.invite_book.token(), port_of(first)
     other = MeshNode(port=port)
     async with running(other):
-        error = await refused(MeshNode(token, **SOON))
+        error = await refused(MeshNode(token))
     assert f"another node, with another key, answers at 127.0.0.1:{port}" in error.message
     assert "type `mesh-llm status` there, and join with the token that it shows" in error.hint
 
@@ -101,7 +116,7 @@ async def test_an_invite_whose_mesh_is_gone() -> None:
         token, port = first.net.invite_book.token(), port_of(first)
     founded_again = MeshNode(key=first.key, port=port)
     async with running(founded_again):
-        error = await refused(MeshNode(token, **SOON))
+        error = await refused(MeshNode(token))
     assert error.code == "invite_other_mesh"
     assert "type `mesh-llm status` on the other machine, and join with its token" in error.hint
 
@@ -136,7 +151,7 @@ async def test_an_invite_that_admits_nobody_any_more_says_what_to_type(how: str)
         else:
             one = MeshNode(record.token)
             async with running(one):
-                assert (await one.net.joiner.join()).admitted
+                await join(one)
         error = await refused(MeshNode(record.token))
     assert error.code == {"expired": "invite_expired", "revoked": "invite_revoked"}.get(how, "invite_uses_exhausted")
     assert "`mesh-llm invite create`" in error.hint

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from tests.integration.net_nodes import MeshNode, running
+from tests.integration.net_nodes import TIMEOUT, MeshNode, join, running
 
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.events import ClientsCounted, RoutesLearned
@@ -27,7 +27,7 @@ def snapshot(version: int, *nodes: NodeId, here: NodeId) -> RoutingSnapshot:
 
 
 def client_of(node: MeshNode) -> MeshNode:
-    return MeshNode(node.net.create_invite("client", 3600.0, None).token, client=True, dial_timeout=0.5)
+    return MeshNode(node.net.create_invite("client", 3600.0, None).token, client=True)
 
 
 def serves(*nodes: MeshNode) -> Callable[[RoutesLearned], bool]:
@@ -83,7 +83,7 @@ async def test_a_client_learns_the_routes_and_every_change():
             assert (target.local, target.address) == (False, "")
             assert client.net.scope is not None
             active.net.routes_server.update(snapshot(2, here, other.net.node_id, here=here))
-            changed = await client.seen(RoutesLearned, serves(active, other), timeout=5)
+            changed = await client.seen(RoutesLearned, serves(active, other))
             assert changed.snapshot.version > learned.snapshot.version
             assert not [event for event in active.events if not isinstance(event, RoutesLearned | ClientsCounted)]
 
@@ -111,7 +111,7 @@ async def test_a_client_goes_to_another_node_when_its_own_is_lost():
     async with running(first):
         second = MeshNode(first.net.invite_book.token())
         async with running(second):
-            assert (await second.net.joiner.join()).admitted
+            await join(second)
             # The first knows where the second is from the second's own word.
             first.net.connections.addresses.learn(second.net.node_id, second.net.reachable().addresses)
             both = (first.net.node_id, second.net.node_id)
@@ -122,7 +122,7 @@ async def test_a_client_goes_to_another_node_when_its_own_is_lost():
                 await client.seen(RoutesLearned, serves(first, second))
                 await first.net.close()
                 second.net.routes_server.update(snapshot(2, second.net.node_id, here=second.net.node_id))
-                learned = await client.seen(RoutesLearned, serves(second), timeout=10)
+                learned = await client.seen(RoutesLearned, serves(second))
                 assert learned.source == second.net.node_id
 
 
@@ -131,7 +131,7 @@ async def test_refresh_asks_somebody_else_at_once():
     async with running(first):
         second = MeshNode(first.net.invite_book.token())
         async with running(second):
-            assert (await second.net.joiner.join()).admitted
+            await join(second)
             first.net.connections.addresses.learn(second.net.node_id, second.net.reachable().addresses)
             both = (first.net.node_id, second.net.node_id)
             first.net.routes_server.update(snapshot(1, *both, here=first.net.node_id))
@@ -140,7 +140,7 @@ async def test_refresh_asks_somebody_else_at_once():
             async with running(client):
                 await client.seen(RoutesLearned, serves(first, second))
                 client.net.routes_client.refresh()
-                learned = await client.seen(RoutesLearned, serves(second), timeout=3)
+                learned = await client.seen(RoutesLearned, serves(second))
                 assert learned.source == second.net.node_id
 
 
@@ -149,9 +149,9 @@ async def test_nothing_is_kept_of_a_client_that_left():
     async with running(active):
         active.net.routes_server.update(snapshot(1, active.net.node_id, here=active.net.node_id))
         all_wait, all_gone = when_waiting(active, 3), when_lost(active, 3)
-        async with running(*[client_of(active) for _ in range(3)]), asyncio.timeout(10):
+        async with running(*[client_of(active) for _ in range(3)]), asyncio.timeout(TIMEOUT):
             await all_wait.wait()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(TIMEOUT):
             await all_gone.wait()
         assert active.net.routes_server.waiting == 0
         assert len(active.net.connections) == 0
@@ -170,7 +170,7 @@ async def test_more_clients_than_long_polls_are_told_to_come_back(monkeypatch: p
         async with running(*clients):
             for client in clients:
                 await client.seen(RoutesLearned)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(TIMEOUT):
                 await one_waits.wait()
             again = [await client.net.routes_client.fetch(active.net.node_id, 5.0) for client in clients[1:]]
             assert {reply.again for reply in again} == {routes_server.COME_BACK}

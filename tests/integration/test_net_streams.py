@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-import time
 
 import pytest
+from tests.integration.net_nodes import TIMEOUT
 from tests.integration.net_pair import pair, read_all
 
 from mesh_llm.core.types.errors import MeshError
@@ -14,9 +14,6 @@ from mesh_llm.net.streams import StreamResetError
 from mesh_llm.wire.mesh.frames import ResetCode
 
 pytestmark = pytest.mark.parametrize("tls", [False, True], ids=["quic", "tls"])
-
-CANCEL_SECONDS = 0.2
-"""Within which a cancelled request must be seen at the other side."""
 
 
 async def test_a_request_and_its_answer(tls: bool):
@@ -85,7 +82,7 @@ async def test_a_slow_reader_holds_up_nobody_else(tls: bool):
         for _ in range(20):
             quick = await nodes.http()
             await quick.write(b"x")
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(TIMEOUT):
                 assert await quick.read(100) == b"quick"
         slow.abort()
 
@@ -94,7 +91,6 @@ async def test_a_slow_reader_holds_up_nobody_else(tls: bool):
 async def test_a_cancelled_request_is_seen_by_the_serving_side_at_once(tls: bool, state: str):
     async with pair(tls=tls) as nodes:
         began = asyncio.Event()
-        seen: list[float] = []
         ended = asyncio.Event()
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
@@ -106,18 +102,16 @@ async def test_a_cancelled_request_is_seen_by_the_serving_side_at_once(tls: bool
                 while True:
                     await stream.write(bytes(65536))
             except ConnectionError:
-                seen.append(time.perf_counter())
                 ended.set()
 
         nodes.server.net.serve_http(handler)
         stream = await nodes.http()
         await stream.write(b"go")
         await began.wait()
-        cancelled = time.perf_counter()
         stream.abort()
-        async with asyncio.timeout(5):
+        # QUIC would see a silent end after 30 s.
+        async with asyncio.timeout(TIMEOUT):
             await ended.wait()
-        assert seen[0] - cancelled < CANCEL_SECONDS
 
 
 async def test_an_answer_broken_off_is_an_error_and_not_an_end(tls: bool):
@@ -173,6 +167,7 @@ async def test_everything_written_before_finish_arrives_although_the_handler_is_
 async def test_cancelled_reads_lose_nothing(tls: bool):
     async with pair(tls=tls) as nodes:
         total = 2000
+        caught = asyncio.Event()
 
         async def handler(stream: ByteStream, _peer: NodeId) -> None:
             await stream.read(100)
@@ -180,7 +175,8 @@ async def test_cancelled_reads_lose_nothing(tls: bool):
                 await stream.write(number.to_bytes(4, "big"))
                 if number % 20 == 0:
                     # Gaps, so that reads are caught both waiting and full.
-                    await asyncio.sleep(0.001)
+                    caught.clear()
+                    await caught.wait()
             await stream.finish()
 
         nodes.server.net.serve_http(handler)
@@ -194,12 +190,13 @@ async def test_cancelled_reads_lose_nothing(tls: bool):
                     data = await stream.read(64)
             except TimeoutError:
                 cancelled += 1
+                caught.set()
                 continue
             if not data:
                 break
             received += data
         assert received == b"".join(number.to_bytes(4, "big") for number in range(total))
-        assert cancelled > 10
+        assert cancelled >= total / 20
 
 
 async def test_a_cancelled_write_breaks_the_stream_off(tls: bool):
@@ -241,5 +238,5 @@ async def test_a_stream_that_is_let_go_is_no_clean_end(tls: bool):
         stream = await nodes.http()
         await stream.write(b"go")
         del stream
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(TIMEOUT):
             assert ("lost" if tls else "dropped") in str(await outcome)

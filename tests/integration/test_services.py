@@ -16,11 +16,13 @@ from mesh_llm.runtime import supervision as module
 from mesh_llm.runtime.supervision import Supervision
 
 SERVICES = {
+    "api/strangers",
     "api/stream-watchdog",
     "api/usage",
     "connections/accept",
     "console-socket/serve",
     "console/serve",
+    "daemon/canaries",
     "daemon/engine setup",
     "daemon/models",
     "engine engine-tiny/watchdog",

@@ -15,6 +15,7 @@ from tests.support.fixtures import StartNode
 from tests.support.http import HttpClient
 from tests.support.node import NodeProcess
 from tests.support.pool import chat, chat_body, content, until, warm
+from tests.support.process import words_of
 
 from mesh_llm.engine.confinement import launcher
 from mesh_llm.engine.confinement.policy import is_confined
@@ -65,6 +66,6 @@ def over_both(status: dict[str, Any]) -> bool:
 
 def _rpc_servers(daemon: int) -> list[int]:
     children = psutil.Process(daemon).children(recursive=True)
-    found = [child for child in children if "rpc_main" in " ".join(child.cmdline())]
+    found = [child for child in children if "rpc_main" in " ".join(words_of(child))]
     # A launcher that confines it becomes it, or waits for it.
     return [child.pid for child in found if not any(other.ppid() == child.pid for other in found)]

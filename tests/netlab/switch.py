@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 from tests.netlab.link import Link, LinkCounters, LinkSettings
 from tests.netlab.processes import kill_all
 
+from mesh_llm.runtime.process import wake_promptly
+
 IPV4, IPV6 = "ipv4", "ipv6"
 """The addresses of a network."""
 MAX_HOSTS = 64
@@ -188,6 +190,7 @@ def main() -> None:
     # The network must be faster than the hosts on it, which share these few cores. Needs the right to; fine without.
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, -10)
+    wake_promptly()
     gc.disable()
     # select() takes descriptors below 1024 only, and the test may have had more open than that.
     devices = [os.dup(descriptor) for descriptor in configuration["devices"]]

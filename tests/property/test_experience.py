@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.core_values import GB, facts
 
-from mesh_llm.core.performance.prediction import MACHINE, MODEL, PROBE, Calibration, SplitSeconds, solo_seconds
+from mesh_llm.core.performance.calibration import MACHINE, MODEL, PROBE, Calibration
+from mesh_llm.core.performance.prediction import SplitSeconds, solo_seconds
 from mesh_llm.core.types.model import ModelFacts, Rates, Speed
 
 SPEED = Speed(

@@ -88,11 +88,12 @@ class Joined(Simulation):
         disk: tuple[ModelFacts, ...] = (),
         joins: bool = True,
         options: LaunchOptions = NO_OPTIONS,
+        ttl: float | None = None,
     ) -> Machine:
         node = NodeId(f"{number:064x}")
         config = NodeConfig(
             node=node, mesh=MeshId("5" * 64), name=f"node{number}", incarnation=Incarnation(1), joins=joins,
-            on_demand=OnDemandPolicy(scope="members"), shares=True, can_fetch=True, options=options,
+            on_demand=OnDemandPolicy(scope="members", ttl=ttl), shares=True, can_fetch=True, options=options,
         )  # fmt: skip
         one = self.machines[node] = Machine(Node(config, self.random, BoardPeers(node, self.board)), node)
         version = next(event.rpc_version for event in events if isinstance(event, RpcChanged))
@@ -134,6 +135,44 @@ def test_a_request_at_a_machine_that_has_just_joined_waits_until_the_model_is_sp
     assert mesh.waits
     launch = next(one for one in has.node.launches if one.model == BIG.name)
     assert launch.order.plan.split is not None
+
+
+def two_that_share(*disk: ModelFacts, ttl: float | None = None) -> tuple[Joined, Machine, Machine]:
+    """A mesh, its node with the files, and the one that helps."""
+    mesh = Joined()
+    has = mesh.start(1, CAN_SHARE, SplitScope(granted=True), disk=disk, joins=False, ttl=ttl)
+    helps = mesh.start(2, CAN_SHARE, SplitScope(granted=True))
+    for one in (has, helps):
+        mesh.later(0.0, lambda one=one: mesh.look_on(one))
+    return mesh, has, helps
+
+
+def test_a_split_that_a_request_began_is_unloaded_when_nobody_asks_and_begun_again_by_the_next_request() -> None:
+    mesh, has, helps = two_that_share(BIG, ttl=20.0)
+    for begun in (10.0, 80.0):
+        mesh.until(begun)
+        mesh.send(has, Asking(BIG.name, mesh.now))
+        mesh.until(begun + 20.0)
+        assert [launch.order.plan.split is not None for launch in has.node.launches] == [True]
+        assert helps.node.split.lending is not None
+        mesh.until(begun + 65.0)
+        assert has.node.launches == ()
+        assert helps.node.split.lending is None
+    assert (mesh.failed, len(mesh.waits)) == (0, 2)
+
+
+def test_an_idle_split_that_a_request_began_makes_room_for_another_model() -> None:
+    small = msgspec.structs.replace(BIG, name=ModelName("small"), size_bytes=2 * GB, fingerprint="print-small")
+    mesh, has, helps = two_that_share(BIG, small)
+    mesh.until(10.0)
+    mesh.send(has, Asking(BIG.name, mesh.now))
+    mesh.until(40.0)
+    assert helps.node.split.lending is not None
+    mesh.send(has, Asking(small.name, mesh.now))
+    mesh.until(80.0)
+    assert [launch.model for launch in has.node.launches] == [small.name]
+    assert helps.node.split.lending is None
+    assert (mesh.failed, len(mesh.waits)) == (0, 2)
 
 
 def test_a_request_that_is_repeated_after_a_refusal_is_answered_as_soon_as_a_third_machine_has_come() -> None:

@@ -1,7 +1,7 @@
 """An API with everything around it faked: routes, traffic, the mesh, engines."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -9,9 +9,11 @@ import httpx
 from msgspec.structs import replace
 
 from mesh_llm.api.server import ApiServer
+from mesh_llm.api.slots import EngineSlots, asked_slot
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import Place
 from mesh_llm.core.routing.ranking import Awaited, ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.trust.corrections import TimedAnswer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelKind, ModelStatus
@@ -108,21 +110,38 @@ class FakeTraffic:
     ended: list[tuple[str, NodeId, bool, int]] = field(default_factory=list[tuple[str, NodeId, bool, int]])
     dead: list[tuple[str, NodeId]] = field(default_factory=list[tuple[str, NodeId]])
     prompts: list[tuple[str, int, float]] = field(default_factory=list[tuple[str, int, float]])
+    contexts: list[tuple[NodeId, int]] = field(default_factory=list[tuple[NodeId, int]])
+    taken: list[tuple[NodeId, int]] = field(default_factory=list[tuple[NodeId, int]])
+    times: list[TimedAnswer] = field(default_factory=list[TimedAnswer])
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def started(self, model: str, target: Target) -> None:
         self.begun.append((model, target.node))
         self.changed.set()
 
-    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0) -> None:
+    def finished(
+        self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0, prompt: int = 0
+    ) -> None:
         self.ended.append((model, target.node, ok, tokens))
         self.changed.set()
 
-    def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
+    def read(self, model: str, target: Target, tokens: int, seconds: float, cached: int = 0) -> None:
         self.prompts.append((model, tokens, seconds))
 
     def unreachable(self, model: str, target: Target, reason: str) -> None:
         self.dead.append((model, target.node))
+        self.changed.set()
+
+    def refused_context(self, model: str, target: Target, tokens: int) -> None:
+        self.contexts.append((target.node, tokens))
+        self.changed.set()
+
+    def took_prompt(self, model: str, target: Target, tokens: int) -> None:
+        self.taken.append((target.node, tokens))
+        self.changed.set()
+
+    def timed(self, answer: TimedAnswer) -> None:
+        self.times.append(answer)
         self.changed.set()
 
     def wanted(self, model: str) -> None:
@@ -163,6 +182,7 @@ class FakeEngines:
 
     end: EngineEnd = EngineEnd.EXPLAINED
     key: str = ""
+    members: Sequence[EngineSlots] = ()
 
     async def end_of(self, model: str, term: int) -> EngineEnd:
         return self.end
@@ -170,8 +190,13 @@ class FakeEngines:
     def key_of(self, address: str) -> str:
         return self.key
 
-    def place(self, address: str, body: bytes) -> Place:
-        return Place(address, lambda: None)
+    def place(self, address: str, path: str, body: bytes) -> Place:
+        asked = asked_slot(body)
+        having = (one.address for one in self.members if asked is not None and one.has(asked))
+        return Place(next(having, address), lambda: None)
+
+    def slots(self, address: str) -> Sequence[EngineSlots]:
+        return self.members
 
 
 @dataclass

@@ -31,7 +31,9 @@ def urls(which: Sequence[TestRelay]) -> list[str]:
 
 
 def publishing(which: Sequence[TestRelay], *more: str, name: str = "Sydney Lab") -> dict[str, Any]:
-    return {"arguments": ["--publish", "--yes", "--mesh-name", name, *more, *urls(which)], "env": SOON}
+    """How to start a node that lists its mesh, which grows by that."""
+    words = ["--publish", "--yes", "--publish-scope", "serve", "--mesh-name", name]
+    return {"arguments": [*words, *more, *urls(which)], "env": SOON}
 
 
 async def moved(node: NodeProcess, life: int) -> None:

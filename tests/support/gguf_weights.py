@@ -8,6 +8,9 @@ and successors, so that a small one drafts for a large one and is right more oft
 
 The hidden state has channels of its own for this, to which the random rest adds nothing; the rest is as large as the
 recipe says, and is seen in the probabilities alone.
+
+Two architectures guess tokens ahead: `glm4moe` has a block for it (MTP), and `eagle3` is a draft that reads the hidden
+states of another model. Both have the votes of the first layer, so they are right as often as any draft of one layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,6 +52,8 @@ _SLOWEST = 0.04
 _BLOCK_NOISE = 0.1
 """What a block's random part adds to a channel, as a share of the recipe's noise: so little that normalisation has
 the same scale in all layers, and their votes weigh the same."""
+HEAD_EXPERTS = 2
+"""Experts of the block that guesses. One of them is used, besides one that is always."""
 _FORBIDDEN = -60.0
 _SUCCESSOR, _DECISION = 20.0, 25.0
 """In the output: how far the two successors lead the other words, and what a vote counts between the two."""
@@ -67,9 +72,12 @@ class Recipe:
         kv_heads: heads of keys and values, at least 2; divides `heads`.
         seed: of what is random.
         noise: how much the random part shows in the probabilities, 0 to about 1.
+        contrast: how far the planned words lead, as a part of what makes them independent of rounding.
         context: the longest text, in tokens, that the metadata promises.
         weights: type of the matrices in the file.
         reasons: its chat template begins every answer inside of `<think>`, which only a budget ends.
+        architecture: `glm4moe` is `llama` with a block more, which guesses the token after the next one (MTP).
+            `eagle3` drafts for models of its own width and six layers or more; it has one layer.
     """
 
     name: str
@@ -80,9 +88,11 @@ class Recipe:
     kv_heads: int
     seed: int
     noise: float = 0.4
+    contrast: float = 1.0
     context: int = 4096
     weights: Literal["f16", "q8_0"] = "f16"
     reasons: bool = False
+    architecture: Literal["llama", "glm4moe", "eagle3"] = "llama"
 
     def __post_init__(self) -> None:
         if self.width < 128 or self.kv_heads < _VOTES_A_LAYER or self.layers * _VOTES_A_LAYER > _MOST_VOTES:
@@ -116,20 +126,16 @@ def matrices(recipe: Recipe, vocabulary: Vocabulary) -> Iterator[tuple[str, Matr
     plan = _plan(vocabulary)
     ones = np.ones(recipe.width, np.float32)
     yield "token_embd.weight", _embedding(rng, recipe, plan)
+    if recipe.architecture == "eagle3":
+        yield from _fusion(rng, recipe)
     for layer in range(recipe.layers):
         block = f"blk.{layer}."
-        yield block + "attn_norm.weight", ones
-        yield block + "attn_q.weight", _queries(rng, recipe, layer)
-        yield block + "attn_k.weight", _keys(rng, recipe)
-        yield block + "attn_v.weight", _values(rng, recipe, layer)
-        yield block + "attn_output.weight", _attention_output(rng, recipe, layer)
-        yield block + "ffn_norm.weight", ones
+        yield from _attention(rng, recipe, block, layer)
         yield block + "ffn_gate.weight", _random(rng, recipe.feed_forward, recipe.width)
         yield block + "ffn_up.weight", _random(rng, recipe.feed_forward, recipe.width)
-        yield (
-            block + "ffn_down.weight",
-            _leaving_the_plan(_random(rng, recipe.width, recipe.feed_forward) * (_BLOCK_NOISE * recipe.noise)),
-        )
+        yield block + "ffn_down.weight", _inner_output(rng, recipe)
+    if recipe.architecture == "glm4moe":
+        yield from _own_head(rng, recipe, f"blk.{recipe.layers}.")
     yield "output_norm.weight", ones
     yield "output.weight", _output(rng, recipe, plan, vocabulary)
 
@@ -195,6 +201,96 @@ def _embedding(rng: np.random.Generator, recipe: Recipe, plan: _Plan) -> Matrix:
     return matrix
 
 
+def _attention(rng: np.random.Generator, recipe: Recipe, block: str, layer: int) -> Iterator[tuple[str, Matrix]]:
+    """What a block has before its feed-forward part, with the votes of a layer."""
+    ones = np.ones(recipe.width, np.float32)
+    yield block + "attn_norm.weight", ones
+    queries, keys, values, output = (
+        _queries(rng, recipe, layer),
+        _keys(rng, recipe),
+        _values(rng, recipe, layer),
+        _attention_output(rng, recipe, layer),
+    )
+    if recipe.architecture == "glm4moe":
+        queries, keys = _turned_by_halves(queries, recipe), _turned_by_halves(keys, recipe)
+    if recipe.architecture == "eagle3":
+        _copy_the_code(recipe, queries, keys, values, output)
+        # Each reads a token's embedding and, after it, the hidden state: of that nothing.
+        queries, keys, values = (np.hstack([one, np.zeros_like(one)]) for one in (queries, keys, values))
+    yield block + "attn_q.weight", queries
+    yield block + "attn_k.weight", keys
+    yield block + "attn_v.weight", values
+    yield block + "attn_output.weight", output
+    yield block + ("post_attention_norm.weight" if recipe.architecture == "glm4moe" else "ffn_norm.weight"), ones
+
+
+def _own_head(rng: np.random.Generator, recipe: Recipe, block: str) -> Iterator[tuple[str, Matrix]]:
+    """The block that guesses (MTP): the first layer's votes, on the next token's embedding and the hidden state.
+
+    Source of names and shapes: llama.cpp, src/models/glm4-moe.cpp. The head is the model's own.
+    """
+    width, inner = recipe.width, recipe.feed_forward
+    ones = np.ones(width, np.float32)
+    yield from _attention(rng, recipe, block, 0)
+    yield block + "ffn_gate_inp.weight", _random(rng, HEAD_EXPERTS, width)
+    yield block + "exp_probs_b.bias", np.zeros(HEAD_EXPERTS, np.float32)
+    for part in ("gate", "up"):
+        experts = [_random(rng, inner, width) for _ in range(HEAD_EXPERTS)]
+        yield f"{block}ffn_{part}_exps.weight", np.stack(experts)
+        yield f"{block}ffn_{part}_shexp.weight", _random(rng, inner, width)
+    yield block + "ffn_down_exps.weight", np.stack([_inner_output(rng, recipe) for _ in range(HEAD_EXPERTS)])
+    yield block + "ffn_down_shexp.weight", _inner_output(rng, recipe)
+    # Normalised, the embedding is larger than in the first layer, where the votes were planned.
+    hidden = _leaving_the_plan(_random(rng, width, width) * (_BLOCK_NOISE * recipe.noise))
+    yield block + "nextn.eh_proj.weight", np.hstack([np.eye(width, dtype=np.float32) * _embedding_size(width), hidden])
+    yield block + "nextn.enorm.weight", ones
+    yield block + "nextn.hnorm.weight", ones
+
+
+def _fusion(rng: np.random.Generator, recipe: Recipe) -> Iterator[tuple[str, Matrix]]:
+    """What an EAGLE-3 draft does with hidden states: it mixes three layers', and keeps the constant of the first.
+
+    Source of names and shapes: llama.cpp, src/models/eagle3.cpp.
+    """
+    width = recipe.width
+    mixed = _leaving_the_plan(_random(rng, width, 3 * width))
+    mixed[_CONSTANT, _CONSTANT] = 1
+    yield "fc.weight", mixed
+    # The state of the last guess has the code and the votes of a token that is over.
+    kept = np.ones(width, np.float32)
+    kept[_TALLY:_PLANNED] = 0
+    yield "blk.0.attn_norm_2.weight", kept
+
+
+def _copy_the_code(recipe: Recipe, queries: Matrix, keys: Matrix, values: Matrix, output: Matrix) -> None:
+    """Let a third head take the code of the token itself: the embedding is not in what the block adds to."""
+    if recipe.heads != recipe.kv_heads or recipe.heads <= _VOTES_A_LAYER or recipe.head_width != _CLASSES:
+        raise ValueError(f"no head for the code of a token: {recipe}")
+    own = slice(_VOTES_A_LAYER * recipe.head_width, (_VOTES_A_LAYER + 1) * recipe.head_width)
+    queries[own] = keys[own] = values[own] = 0
+    pairs = slice(own.start, own.start + 2 * len(_frequencies(recipe)), 2)
+    queries[pairs, _CONSTANT] = keys[pairs, _CONSTANT] = _SHARPNESS
+    values[own, _CODE] = np.eye(_CLASSES)
+    output[:, own] = 0
+    output[_CODE, own] = np.eye(_CLASSES)
+
+
+def _turned_by_halves(matrix: Matrix, recipe: Recipe) -> Matrix:
+    """Queries or keys for a RoPE that turns channel n with the one half a head after it, not with the next one."""
+    heads = matrix.reshape(-1, recipe.head_width // 2, 2, recipe.width)
+    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(matrix.shape)
+
+
+def _embedding_size(width: int) -> float:
+    """Root mean square of an embedding: the same for all tokens."""
+    rest = 0.25 * (width - _PLANNED)
+    return float(np.sqrt((_CONSTANT_VALUE**2 + _MOST_VOTES + _CLASSES + rest) / width))
+
+
+def _inner_output(rng: np.random.Generator, recipe: Recipe) -> Matrix:
+    return _leaving_the_plan(_random(rng, recipe.width, recipe.feed_forward) * (_BLOCK_NOISE * recipe.noise))
+
+
 def _queries(rng: np.random.Generator, recipe: Recipe, layer: int) -> Matrix:
     matrix = _random(rng, recipe.width, recipe.width) * 2
     sharing = recipe.heads // recipe.kv_heads
@@ -242,8 +338,8 @@ def _output(rng: np.random.Generator, recipe: Recipe, plan: _Plan, vocabulary: V
     codes = plan.codes[plan.words]
     for successors in plan.successors:
         for word, successor in enumerate(successors):
-            matrix[plan.words[successor], _CODE] += codes[word] * (_SUCCESSOR / _CLASSES)
-    matrix[plan.words, _TALLY] = np.where(np.arange(_CLASSES) % 2 == 0, _DECISION, -_DECISION)
+            matrix[plan.words[successor], _CODE] += codes[word] * (_SUCCESSOR * recipe.contrast / _CLASSES)
+    matrix[plan.words, _TALLY] = np.where(np.arange(_CLASSES) % 2 == 0, _DECISION, -_DECISION) * recipe.contrast
     return matrix
 
 

@@ -9,7 +9,7 @@ from typing import Self
 from tests.support.bulk_pipe import BulkPipe
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.ports import BulkStream
+from mesh_llm.core.types.ports import BulkStream, TransportSilentError
 from mesh_llm.models.gguf.facts import read_facts
 from mesh_llm.models.gguf.header import read_header
 from mesh_llm.models.p2p.assembler import ChooseDestination, in_directory
@@ -69,13 +69,26 @@ class Spoiled(BulkPipe):
         await super().write(data)
 
 
+class Silent(BulkPipe):
+    """The taker's end of a stream that its transport never brings to the giver, which answers on another one."""
+
+    @classmethod
+    def over(cls, pipe: BulkPipe) -> Self:
+        """This stream is lost."""
+        return cls(pipe._coming, pipe._going)  # pyright: ignore[reportPrivateUsage]
+
+    async def read_exact(self, size: int) -> bytes:
+        raise TransportSilentError(f"{size} bytes do not come by TCP")
+
+
 @dataclass
 class Node:
-    """One that gives. `spoil` wraps its end of each stream."""
+    """One that gives. `spoil` wraps its end of each stream; so many streams are `silent` on their transport."""
 
     giver: Seeder
     spoil: Spoil | None = None
     opened: int = 0
+    silent: int = 0
 
 
 @dataclass
@@ -116,6 +129,8 @@ class Mesh:
             raise ConnectionRefusedError("nobody is there")
         there.opened += 1
         here, other = BulkPipe.pair()
+        if there.opened <= there.silent:
+            return Silent.over(here)
         end = there.spoil(other) if there.spoil is not None else other
         self._scope.spawn(self._serve(there.giver, end, node, parameters), "serve")
         return here

@@ -240,6 +240,14 @@ def _wait_for_ends(processes: list[psutil.Process], timeout: float) -> None:
                 os.close(descriptor)
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """The command line of a process; empty if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _described(process: psutil.Process) -> str:
     try:
         return f"{' '.join(process.cmdline())[:200]} ({process.pid})"

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 
 from mesh_llm.core.trust.receipts import Checked
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.receipt import Outcome, Receipt, Statement, Step
-from mesh_llm.wire.codec import Sign
-from mesh_llm.wire.mesh.receipts import read_receipt, sign_receipt, sign_statement, step_digest
+from mesh_llm.core.types.receipt import FirstPart, Outcome, Receipt, Statement, Step
+from mesh_llm.wire.codec import Sign, copied
+from mesh_llm.wire.mesh.receipts import read_receipt, sign_first, sign_receipt, sign_statement, step_digest
 
 ASKER, HOST, OTHER, WORKER = (NodeId(letter * 64) for letter in "abcd")
 REQUEST, ANSWER = sha256(b"the request").digest(), sha256(b"the answer").digest()
@@ -88,13 +88,30 @@ def signed(made: Step, said: Statement | None = None, by: NodeId | None = None) 
     return replace(made, statement=payload, signature=signature)
 
 
-def chained(outcomes: Sequence[tuple[NodeId, Outcome, bool]]) -> tuple[Step, ...]:
-    """Steps that follow each other: the host, what became of it, and whether it signed."""
+def first(host: NodeId = HOST, **changes: Any) -> FirstPart:
+    return copied(FirstPart, statement(host, **changes))
+
+
+def begun(made: Step, said: FirstPart | None = None, by: NodeId | None = None) -> Step:
+    """A step with the first part of its host, if that is not to say something else, `by` whose key it may be."""
+    if said is None:
+        said = first(
+            made.node,
+            challenge=made.challenge,
+            previous=made.previous,
+            request=made.request,
+            workers=made.workers,
+        )
+    return replace(made, first=sign_first(said, signer(by or made.node)))
+
+
+def chained(outcomes: Sequence[tuple[NodeId, Outcome, bool | str]]) -> tuple[Step, ...]:
+    """Steps that follow each other: the host, what became of it, and whether it signed; "first": its first part."""
     steps: list[Step] = []
     for number, (node, outcome, signs) in enumerate(outcomes):
         previous = step_digest(steps[-1]) if steps else b""
         made = step(node, outcome, previous=previous, challenge=number.to_bytes(16, "big"))
-        steps.append(signed(made) if signs else made)
+        steps.append(begun(made) if signs == "first" else signed(made) if signs else made)
     return tuple(steps)
 
 

@@ -43,6 +43,8 @@ class RequestAccounting:
         self.usage = UsageBook(self.metrics, config.usage_file, config.key_limits)
         self.recent = RecentRequests(clock)
         self.traces = TraceLog(clock)
+        self.worked: Callable[[ModelName, NodeId, Usage], None] = lambda _model, _node, _usage: None
+        """Called for each answer that a client of this node got from another node."""
         self._in_flight: dict[ModelName, dict[NodeId, int]] = {}
 
     def in_flight(self, model: ModelName) -> Mapping[NodeId, int]:
@@ -85,7 +87,13 @@ class Attempt:
     _began: float
     _trace: RequestTrace | None
     _recording: Recording | None = None
-    _first_byte: float = 0.0
+    sent_at: float = 0.0
+    """When the target got the request; 0.0: not yet."""
+    first_byte_at: float = 0.0
+    """When its answer began."""
+    ended_at: float = 0.0
+    usage: Usage = field(default_factory=Usage)
+    """What the target counted, once it has ended."""
     transcript: "Transcript | None" = None
     """What passed of the answer so far, for an answer that does not end well."""
     _open: bool = True
@@ -99,12 +107,12 @@ class Attempt:
 
     def first_byte(self) -> None:
         """The target's answer has begun."""
-        self._first_byte = self._accounting.clock()
-        seconds = self._first_byte - self._began
+        self.first_byte_at = self._accounting.clock()
+        seconds = self.first_byte_at - self._began
         self._series.first_byte.observe(seconds)
         self._accounting.recent.first_byte(seconds)
         if self._trace is not None:
-            self._trace.first_byte(self._first_byte)
+            self._trace.first_byte(self.first_byte_at)
 
     def close(self, *, status: int, transcript: "Transcript | None" = None, reason: str = "") -> None:
         """The attempt is over. Closing again does nothing.
@@ -121,6 +129,7 @@ class Attempt:
             self._recording.attempt_ended(status)
         accounting, now = self._accounting, self._accounting.clock()
         usage = transcript.usage() if transcript is not None else Usage()
+        self.usage, self.ended_at = usage, now
         passed = transcript or self.transcript
         # The engine counts at the end, and of several choices the first. Without an end, each event is a token.
         counted = usage
@@ -128,7 +137,7 @@ class Attempt:
             counted = msgspec.structs.replace(usage, generated=usage.generated * self._trace.choices)
         if passed is not None and status in {CLIENT_GONE, TARGET_LOST}:
             counted = msgspec.structs.replace(usage, generated=max(usage.generated, passed.events - 1))
-        seconds = usage.seconds or (now - self._first_byte if self._first_byte else 0.0)
+        seconds = usage.seconds or (now - self.first_byte_at if self.first_byte_at else 0.0)
         accounting.closed(self._model, self._target)
         self._series.in_flight.dec()
         accounting.metrics.answered(self._model, self._shown, self._via, status, usage)
@@ -137,12 +146,21 @@ class Attempt:
             if not reason and status >= 400 and status != CLIENT_GONE:
                 reason = error_summary(transcript.whole if transcript is not None else None, status)
             self._trace.attempt_ended(self._target.node, status, reason, counted)
+        if self._via == "client" and (self._target.workers or not self._target.local):
+            accounting.worked(self._model, self._target.node, counted)
         ok = 0 < status < 500
         accounting.traffic.finished(
-            self._model, self._target, ok=ok, tokens=usage.generated, seconds=seconds, guessed=usage.guessed
+            self._model,
+            self._target,
+            ok=ok,
+            tokens=usage.generated,
+            seconds=seconds,
+            guessed=usage.guessed,
+            prompt=usage.prompt,
         )
         if ok and usage.prompt_seconds:
-            accounting.traffic.read(self._model, self._target, usage.prompt - usage.cached, usage.prompt_seconds)
+            new = usage.prompt - usage.cached
+            accounting.traffic.read(self._model, self._target, new, usage.prompt_seconds, usage.cached)
 
     def lost(self, reason: str, *, before_answer: bool) -> None:
         """The target could not be reached, or died: closes the attempt and reports the target."""

@@ -96,7 +96,7 @@ class Auth:
             )
 
     def owner(self, request: Request) -> str:
-        """Whom a request counts for: a node, the hash of a key, or an address where no key is needed."""
+        """The client whose limits a request counts against: a node, the hash of a key, or an address without a key."""
         if request.peer is not None:
             return request.peer
         return self._keys.owner_of(_shown_keys(request)) or request.address

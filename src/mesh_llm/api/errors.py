@@ -16,7 +16,8 @@ import msgspec
 
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.trust.strangers import Quota, StrangerLimits
+from mesh_llm.core.types.errors import MeshError, duration, listed
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.wire.http.http1 import Headers, header
@@ -24,7 +25,18 @@ from mesh_llm.wire.http.http1 import Headers, header
 ERROR_HEADER = b"x-mesh-llm-error"
 """On every error that mesh-llm itself answers with, not an engine: its code. Another target may then be tried."""
 
-_NO_RETRY = frozenset(("key_tokens_per_day", "engine_died", "engine_died_of_request", "engine_stuck"))
+_CUT_OFF = "stranger_cut_off"
+_NO_RETRY = frozenset(
+    (
+        "key_tokens_per_day",
+        Quota.TOKENS,
+        Quota.ALL_TOKENS,
+        _CUT_OFF,
+        "engine_died",
+        "engine_died_of_request",
+        "engine_stuck",
+    )
+)
 """Errors after which the libraries of OpenAI and Anthropic must not retry (header `x-should-retry`)."""
 
 
@@ -150,6 +162,8 @@ _MAX_SUMMARY = 300
 _MAX_MESSAGE = 4000
 _TOO_LARGE = re.compile(r"input \((\d+) tokens\) is too large to process.*batch size: (\d+)")
 """llama.cpp, tools/server/server-context.cpp: a 500 for an input that it would have to compute in one batch."""
+_NO_CONTEXT = re.compile(r"(?i)exceeds? (the )?(available )?context (size|length)|context size has been exceeded")
+"""llama.cpp, tools/server: a 400 or 500 without numbers, of earlier versions or where a slot's cache ends."""
 _NO_MEDIA = re.compile(
     r"(image|audio|video) input is not supported|Multimodal data provided, but model does not support"
     r"|The current model does not support (audio) input"
@@ -157,8 +171,8 @@ _NO_MEDIA = re.compile(
 """llama.cpp, tools/server/server-common.cpp: a 500 from most paths for what the model cannot take."""
 _NO_INFILL = "Infill is not supported by this model"
 """llama.cpp, tools/server/server-context.cpp: a 501."""
-_CLIENTS_FAULT = re.compile(r"Failed to parse (tools|messages|tool_choice)")
-"""llama.cpp, common/chat.cpp: a 500 from most paths for what a client sent."""
+_CLIENTS_FAULT = re.compile(r"Failed to parse (tools|messages|tool_choice)|'(messages)' is required")
+"""llama.cpp, common/chat.cpp and server-common.cpp: a 500 from most paths for what a client sent."""
 _CONTEXT_TYPE = "exceed_context_size_error"
 CONTEXT_EXCEEDED = "context_length_exceeded"
 
@@ -202,6 +216,8 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
     if kind == _CONTEXT_TYPE:
         tokens, context = (_count(fields.get(name)) for name in ("n_prompt_tokens", "n_ctx"))
         return _context_exceeded(tokens, context, "Send less.")
+    if header(headers, ERROR_HEADER) is None and _NO_CONTEXT.search(message) is not None:
+        return _context_exceeded(0, 0, "Send less.")
     if (too_large := _TOO_LARGE.match(message)) is not None:
         tokens, most = too_large.groups()
         return MeshError(
@@ -227,7 +243,8 @@ def upstream_error(body: bytes, status: int, headers: Headers) -> MeshError:
             status=400,
         )
     if status == 500 and (fault := _CLIENTS_FAULT.match(message)) is not None:
-        return MeshError("invalid_request_error", message[:_MAX_MESSAGE], "", 400, param=fault[1])
+        hint = 'Send the turns: "messages": [{"role": "user", "content": "Hello"}]' if fault[2] else ""
+        return MeshError("invalid_request_error", message[:_MAX_MESSAGE], hint, 400, param=fault[1] or fault[2])
     code, param = fields.get("code"), fields.get("param")
     own = header(headers, ERROR_HEADER)
     if own is not None:
@@ -311,11 +328,9 @@ def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot, *
     if snapshot.version == 0:
         message = "This node is starting and does not know its models yet."
         return MeshError("model_loading", message, "Try again shortly.", 503, _RETRY_SOON, param="model")
-    listed = ", ".join(resolution.choices[:_MAX_LISTED])
-    if len(resolution.choices) > _MAX_LISTED:
-        listed += f" and {len(resolution.choices) - _MAX_LISTED} more"
+    choices = listed(resolution.choices, _MAX_LISTED)
     if isinstance(resolution, Ambiguous):
-        message = f"The name `{resolution.asked}` could mean several models: {listed}."
+        message = f"The name `{resolution.asked}` could mean several models: {choices}."
         return MeshError("ambiguous_model", message, "Give more of the name.", 404, param="model")
     if resolution.asked is None:
         message = "The request names no model, and this node serves none of its own."
@@ -325,7 +340,7 @@ def no_such_model(resolution: Ambiguous | NotFound, snapshot: RoutingSnapshot, *
         message = f"`{resolution.alias}` is an alias of `{resolution.asked}`, and no model of that name exists."
     else:
         message = f"The model `{resolution.asked}` does not exist."
-    hint = f"Known models: {listed}." if listed else "No models are known here yet; mesh-llm status says why."
+    hint = f"Known models: {choices}." if choices else "No models are known here yet; mesh-llm status says why."
     return MeshError("model_not_found", message, hint, 404, param="model")
 
 
@@ -353,9 +368,12 @@ def not_ready(route: ModelRoute) -> MeshError:
     return MeshError("model_not_served", message, f"Serve it with: mesh-llm load {name}", 503, 30.0)
 
 
+LOAD_REFUSED = "model_not_served"
+
+
 def load_refused(model: ModelName, problem: str) -> MeshError:
     """503 for a model that no node loads; `problem` is a clause."""
-    return MeshError("model_not_served", f"{_not_served(model)}{problem.rstrip('.')}.", "", 503, 30.0)
+    return MeshError(LOAD_REFUSED, f"{_not_served(model)}{problem.rstrip('.')}.", "", 503, 30.0)
 
 
 def refused_because(model: ModelName, message: str) -> str:
@@ -425,6 +443,9 @@ def all_targets_failed(
     busy = [error for error in refusals if error.status == 429]
     if busy and all(error.status == 429 or error.code == _MOVED for error in refusals):
         wait = min((error.retry_after for error in busy if error.retry_after), default=_RETRY_SOON)
+        if all(of_stranger(error.code) for error in busy):
+            first = min(busy, key=lambda error: error.retry_after or _RETRY_SOON)
+            return strangers_refused(route.name, first.code, wait)
         message = f"All nodes that serve `{route.name}` are busy: more requests wait than can begin in time."
         hint = f"Try again in {max(1, math.ceil(wait))} s; --queue-wait and --parallel let more of them wait."
         return MeshError("overloaded", message, hint, 429, wait)
@@ -470,6 +491,49 @@ def node_busy(wait: float) -> MeshError:
     return MeshError(
         "too_many_requests", "This node holds as many requests as it can.", "Try again shortly.", 429, wait
     )
+
+
+_STRANGERS = {
+    Quota.CONCURRENT: "This node has as many requests running as they let a node (and all at its address) have at once",
+    Quota.TOKENS: "This node, or its address, has used up its tokens of today there",
+    Quota.ALL_CONCURRENT: "All such nodes together have as many requests running there as they may",
+    Quota.ALL_TOKENS: "All such nodes together have used up their tokens of today there",
+    _CUT_OFF: "This node is cut off there for a while: it sent malformed requests, or too many that were refused",
+}
+"""What a host's refusal means to the node that asked it, by its code."""
+_INVITE = "An invite by hand has no such limit: ask the owner of the mesh for one."
+
+
+def of_stranger(code: str) -> bool:
+    """Whether an error's code says that a host refused a node because that came by a public listing."""
+    return code in _STRANGERS
+
+
+def strangers_refused(model: ModelName, code: str, wait: float) -> MeshError:
+    """429 at the node of a stranger: no host of a model answers it now. `code`: of a host that refused it."""
+    message = (
+        f"The nodes that serve `{model}` limit nodes that came by the mesh's public listing, as this one did. "
+        f"{_STRANGERS[code]}."
+    )
+    return MeshError(code, message, f"Try again in {duration(wait)}. {_INVITE}", 429, wait)
+
+
+def stranger_quota(quota: Quota, limits: StrangerLimits, wait: float) -> MeshError:
+    """429 at a host, for a stranger that has used up a quota."""
+    counts = {
+        Quota.CONCURRENT: f"{limits.concurrent} requests at once of one node, and of one address",
+        Quota.TOKENS: f"{limits.tokens_per_day} tokens a day of one node, and of one address",
+        Quota.ALL_CONCURRENT: f"{limits.all_concurrent} requests at once of all of them together",
+        Quota.ALL_TOKENS: f"{limits.all_tokens_per_day} tokens a day of all of them together",
+    }
+    message = f"Of nodes that came by a public listing this node takes {counts[quota]}."
+    return MeshError(quota.value, message, f"Try again in {duration(wait)}. {_INVITE}", 429, wait)
+
+
+def stranger_cut_off(wait: float) -> MeshError:
+    """429 at a host, for a stranger that is cut off."""
+    message = "This node is cut off for a while: it sent malformed requests, or too many that were refused."
+    return MeshError(_CUT_OFF, message, f"Try again in {duration(wait)}.", 429, wait)
 
 
 @dataclass(eq=False)

@@ -18,13 +18,14 @@ import structlog
 from mesh_llm.api.accounting import RequestAccounting
 from mesh_llm.api.auth import Auth
 from mesh_llm.api.builtin_endpoints import BuiltinEndpoints, is_builtin
+from mesh_llm.api.canary_shapes import RequestShapes
 from mesh_llm.api.circle import circle_of, in_circle, outside
 from mesh_llm.api.crashes import END_PATH, CrashGuard
 from mesh_llm.api.dialects.corrected import Corrected
 from mesh_llm.api.dialects.ollama.endpoints import OllamaEndpoints
 from mesh_llm.api.dialects.ollama.management import OllamaManagement
 from mesh_llm.api.dialects.openai_responses import correct_responses
-from mesh_llm.api.dialects.registry import absent, correct
+from mesh_llm.api.dialects.registry import absent, correct, correct_of_peer
 from mesh_llm.api.dialects.stored_responses import RESPONSES, StoredResponses
 from mesh_llm.api.errors import (
     Dialect,
@@ -40,7 +41,7 @@ from mesh_llm.api.errors import (
     not_served_here,
 )
 from mesh_llm.api.limits import ConcurrencyLimit
-from mesh_llm.api.loading import LOAD_PATH, KeptAliveReply, LoadWaits, streams
+from mesh_llm.api.loading import LOAD_PATH, KeptAliveReply, LoadWaits, loadable, streams
 from mesh_llm.api.proxy import Proxy
 from mesh_llm.api.receipts import PART_PATH, Receipts
 from mesh_llm.api.request import (
@@ -57,6 +58,7 @@ from mesh_llm.api.request import (
     requested_model,
 )
 from mesh_llm.api.router import has_warm_target, until_warm
+from mesh_llm.api.strangers import Strangers
 from mesh_llm.api.types import ENDPOINTS, TRANSCRIPTIONS, ApiConfig, canonical_path
 from mesh_llm.api.validation import Fields, asked_choices, check_request
 from mesh_llm.core.routing.aliases import NO_ALIASES, Aliases
@@ -97,6 +99,7 @@ class Handler:
         ollama: the paths of Ollama's API.
         responses: the stored answers to Responses.
         accepting: False while the node stops: new requests for models get 503.
+        shapes: learns what clients' requests for models on other nodes look like; None where no canaries are sent.
     """
 
     def __init__(
@@ -107,9 +110,12 @@ class Handler:
         proxy: Proxy,
         crashes: CrashGuard,
         receipts: Receipts,
+        strangers: Strangers,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
+        self.owners = config.owners
+        """The owners of which a private request's circle is made."""
         self._comment_seconds = config.keep_alive_event_seconds
         self._default = config.default_model
         self._aliases = NO_ALIASES
@@ -119,6 +125,7 @@ class Handler:
         self._proxy = proxy
         self._crashes = crashes
         self._receipts = receipts
+        self._strangers = strangers
         self._clock = clock
         self._auth = Auth(config)
         self._loads = LoadWaits(config, routes, accounting.traffic, clock)
@@ -132,6 +139,7 @@ class Handler:
         )
         self.concurrency = ConcurrencyLimit(config.max_in_flight, accounting.recent.rate)
         self.accepting = True
+        self.shapes: RequestShapes | None = None
 
     def use_names(self, default_model: str, aliases: Aliases) -> None:
         """Answer by these aliases, and for unknown models by this one, from now on."""
@@ -155,6 +163,7 @@ class Handler:
             request.path = canonical_path(request.path)
             request.id = f"req_{secrets.token_hex(12)}"
             named = ((_ID_HEADERS[dialect_of(request.path)], request.id.encode("ascii")),)
+        self._strangers.know(request)
         try:
             checked = request.peer is not None or request.trusted
             cors = named if checked else (*named, *self._auth.cors(request))
@@ -185,6 +194,7 @@ class Handler:
 
     async def _refuse(self, error: MeshError, request: Request, reply: Reply, cors: Headers) -> None:
         self._accounting.metrics.refused.labels(error.code).inc()
+        self._strangers.refused(request, error)
         if reply.started:
             reply.abort()
             return
@@ -193,6 +203,7 @@ class Handler:
         await reply.end(body if request.method != "HEAD" else b"")
 
     async def _dispatch(self, request: Request, reply: Reply, cors: Headers) -> None:
+        self._strangers.check(request)
         if request.peer is None:
             if not request.trusted:
                 preflight = self._auth.preflight(request)
@@ -253,6 +264,7 @@ class Handler:
             finally:
                 prompt, generated = trace.tokens()
                 self._usage.ended(request.key, status=trace.status, prompt=prompt, generated=generated)
+                self._strangers.ended(request, trace)
 
     def _authenticate(self, request: Request) -> None:
         """Check a client. Its refused requests for models are among the traces."""
@@ -268,8 +280,11 @@ class Handler:
         if not (self.accepting and self._routes.current.accepting):
             raise node_stopping()
         request.owner = self._auth.owner(request)
-        request.circle = circle_of(request, self._config, self._usage.limit(request.key), CIRCLE_HEADER)
-        with self._usage.admit(request.key), self.concurrency.hold(request.owner):
+        request.circle = circle_of(
+            request, self._config.privacy, self.owners, self._usage.limit(request.key), CIRCLE_HEADER
+        )
+        hold = self.concurrency.hold(request.owner, last=request.stranger is not None)
+        with self._usage.admit(request.key), self._strangers.admit(request), hold:
             body = await self._bodies.read(request)
             try:
                 if request.path == TRANSCRIPTIONS:
@@ -307,8 +322,14 @@ class Handler:
         until = began + self._loads.seconds
         kept = reply if isinstance(reply, KeptAliveReply) else None
         route, unknown = await self._route(request, fields, until, kept)
+        if self.shapes is not None and request.peer is None and any(not one.local for one in route.targets):
+            self.shapes.note(request, sent, fields)
         headers = (*cors, (ASKED_HEADER, model_header(ModelName(unknown)))) if unknown else cors
+        circle = request.circle
         corrected = await self._correct(request, sent, fields, route)
+        if request.circle != circle:
+            # It continues what may not go everywhere.
+            route = await self._ready(request, route, until, kept)
         with self._bodies.grown(len(sent), len(corrected.body)):
             await self._proxied(request, corrected, route, reply, began, headers)
 
@@ -332,20 +353,24 @@ class Handler:
                     raise model_moved(route.name) from gone
                 failed += not gone.certain
                 late = self._clock() >= until or failed >= self._attempts
-                if request.peer is not None or request.circle is not None or late:
+                if request.peer is not None or late:
                     raise
-                route = await self._loads.again(route, gone, until, kept)
+                route = await self._loads.again(request, route, gone, until, kept, self._queue_wait)
 
     async def _correct(self, request: Request, body: bytes, fields: Fields, route: ModelRoute) -> Corrected:
         """The request as its vendor's API and the engine's differ. Another node's has been corrected there.
 
         What was made of another dialect's request is as the engine wants it.
         """
-        if request.peer is not None or request.method != "POST" or request.asked_path:
+        if request.peer is not None:
+            return correct_of_peer(request.path, body, fields, stranger=request.stranger is not None)
+        if request.method != "POST" or request.asked_path:
             return Corrected(body)
         if request.path == RESPONSES:
             async with self.responses.reading(fields) as continues:
-                known = await self.responses.context(request.owner, fields, route.name, route.context)
+                asked = (request.owner, fields, route.name, route.context, request.circle)
+                known = await self.responses.context(*asked)
+                request.circle = known.circle
                 corrected = correct_responses(body, fields, known)
                 if continues:
                     # What was stored came from an engine, perhaps another node's. It is checked like a client's.
@@ -393,21 +418,15 @@ class Handler:
     ) -> ModelRoute:
         """The route once the request can be answered. A model that is not loaded is waited for.
 
-        A request whose prompt may not go everywhere is only waited for here: nobody else is asked to load for it.
-
         Raises MeshError where the model cannot answer now.
         """
-        if request.circle is not None and has_warm_target(route):
-            if not has_warm_target(in_circle(request, route, self._routes.current)):
-                raise outside(request, route, self._routes.current)
-            return route
+        if self._loads.confined(request, route.name):
+            return await self._loads.within_circle(request, route, until, kept, self._queue_wait)
         if not has_warm_target(route):
-            loadable = route.status is not ModelStatus.FAILED and not (
-                route.status is ModelStatus.COLD and route.reason
-            )
-            if self._loads.seconds and loadable and request.peer is None:
-                return await self._loads.wait(route.name, until, kept, here=request.circle is not None)
-            route = await until_warm(self._routes, route, self._queue_wait)
+            if self._loads.seconds and loadable(route) and request.peer is None:
+                route = await self._loads.wait(route.name, until, kept)
+            else:
+                route = await until_warm(self._routes, route, self._queue_wait)
         if not has_warm_target(route):
             raise not_ready(route)
         if not has_warm_target(in_circle(request, route, self._routes.current)):

@@ -24,7 +24,7 @@ _MOST_WAIT = 60.0
 class ConcurrencyLimit:
     """Limits the requests that are held, queued ones included.
 
-    The last eighth of the places is for owners that hold less than an eighth.
+    The last eighth of the places is for owners that hold less than an eighth, and not for strangers.
     """
 
     def __init__(self, limit: int, rate: Callable[[], float]) -> None:
@@ -38,13 +38,13 @@ class ConcurrencyLimit:
         """Places that are taken."""
 
     @contextmanager
-    def hold(self, owner: str) -> Generator[None]:
-        """Hold a place for as long as the block lasts. `owner`: whom the request counts for.
+    def hold(self, owner: str, *, last: bool = False) -> Generator[None]:
+        """Hold a place for as long as the block lasts. The request counts for `owner`; `last`: that is a stranger.
 
         Raises:
             MeshError: `too_many_requests` (429).
         """
-        greedy = self._held[owner] * 8 >= self._limit
+        greedy = last or self._held[owner] * 8 >= self._limit
         if self.in_flight >= self._limit or (greedy and self.in_flight * 8 >= self._limit * 7):
             rate = self._rate()
             raise node_busy(min(_MOST_WAIT, 1.0 / rate) if rate else UNKNOWN_WAIT)
@@ -72,30 +72,21 @@ _MAX_AT_NODE = 192
 """Requests of this node at one other node, below the number of streams that it takes."""
 _KEPT_QUEUES = 256
 _HASHED_BYTES = 64 * 1024
+_LAST_LOOK = 0.01
+"""Seconds between the end of a request's wait and its refusal."""
 
 
-class _TargetQueue:
-    """The requests at one target, and those queued before it: a queue per owner, served round-robin."""
+class _Lane:
+    """Queued requests of one rank: a queue per owner, served round-robin."""
 
-    __slots__ = ("order", "places", "promises", "rate", "waiting")
+    __slots__ = ("order", "waiting")
 
-    def __init__(self, target: Target) -> None:
-        self.rate = CompletionRate(target.slots)
-        self.places = 0
-        self.resize(target)
-        self.promises = Promises()
+    def __init__(self) -> None:
         self.order: deque[str] = deque()
         self.waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
-    @property
-    def length(self) -> int:
+    def __len__(self) -> int:
         return sum(map(len, self.waiting.values()))
-
-    def resize(self, target: Target) -> None:
-        """The target has so many slots."""
-        slots = self.rate.slots = max(1, target.slots)
-        # Another node has a queue of its own, which does not know this node's owners. So little waits there.
-        self.places = slots + _AHEAD if target.local else min(2 * slots + _AHEAD, _MAX_AT_NODE)
 
     def join(self, owner: str, place: asyncio.Future[None]) -> None:
         """Queue behind the owner's own requests."""
@@ -114,12 +105,18 @@ class _TargetQueue:
             del self.waiting[owner]
             self.order.remove(owner)
 
-    def drop_newest(self, owner: str, error: MeshError) -> bool:
-        """Drop the newest request of the owner with the most queued, if `owner` would still have fewer than it."""
-        longest = max(self.waiting, key=lambda one: len(self.waiting[one]), default=owner)
-        if len(self.waiting.get(longest, ())) <= len(self.waiting.get(owner, ())) + 1:
+    def drop_newest(self, owner: str | None, error: MeshError) -> bool:
+        """Drop the newest request of the owner with the most queued, if `owner` would still have fewer than it.
+
+        `owner` None: in any case, if there is one.
+        """
+        longest = max(self.waiting, key=lambda one: len(self.waiting[one]), default=None)
+        if longest is None:
             return False
-        place = self.waiting[longest].pop()
+        if owner is not None and len(self.waiting[longest]) <= len(self.waiting.get(owner, ())) + 1:
+            return False
+        place = self.waiting[longest][-1]
+        self.leave(longest, place)
         if not place.done():
             place.set_exception(error)
         return True
@@ -137,6 +134,56 @@ class _TargetQueue:
             del self.waiting[owner]
         return place
 
+
+class _TargetQueue:
+    """The requests at one target, and those queued before it: strangers behind all others."""
+
+    __slots__ = ("others", "places", "promises", "rate", "strangers")
+
+    def __init__(self, target: Target) -> None:
+        self.rate = CompletionRate(target.slots)
+        self.places = 0
+        self.resize(target)
+        self.promises = Promises()
+        self.others = _Lane()
+        self.strangers = _Lane()
+
+    @property
+    def length(self) -> int:
+        return len(self.others) + len(self.strangers)
+
+    def resize(self, target: Target) -> None:
+        """The target has so many slots."""
+        slots = self.rate.slots = max(1, target.slots)
+        # Another node has a queue of its own, which does not know this node's owners. So little waits there.
+        self.places = slots + _AHEAD if target.local else min(2 * slots + _AHEAD, _MAX_AT_NODE)
+
+    def lane(self, *, stranger: bool) -> _Lane:
+        """Where a request queues."""
+        return self.strangers if stranger else self.others
+
+    def is_free(self, *, stranger: bool) -> bool:
+        """Whether a request may go to the target now. A stranger waits for a slot: what comes next is for others."""
+        if stranger:
+            return self.rate.inside < self.places - _AHEAD and not self.others.order and not self.strangers.order
+        return self.rate.inside < self.places and not self.others.order
+
+    def make_room(self, owner: str, most: float, error: MeshError, *, stranger: bool) -> bool:
+        """Whether one more request may queue, where `most` can begin in time. Strangers are dropped first."""
+        if self.length + 1 <= most:
+            return True
+        if len(self.others) + 1 <= most and not stranger:
+            return self.strangers.drop_newest(None, error)
+        if len(self.others) + 1 > most and stranger:
+            return False
+        return self.lane(stranger=stranger).drop_newest(owner, error)
+
+    def next(self, *, moved: bool) -> asyncio.Future[None] | None:
+        """The request whose turn it is; `moved`: all leave the queue."""
+        if self.others.order and (moved or self.rate.inside < self.places):
+            return self.others.next()
+        return self.strangers.next() if moved or self.rate.inside < self.places - _AHEAD else None
+
     def seconds_to_room(self, now: float, longest: float) -> tuple[float, float]:
         """The likely rate, and the seconds until one more request could join; see `FairQueue.enter`."""
         return self.rate.likely(now), (self.length + 1) / self.rate.most(now) - longest
@@ -145,11 +192,11 @@ class _TargetQueue:
 class FairQueue:
     """Queues requests before the targets, and shares each target among the owners of the requests.
 
-    An engine serves requests in the order of arrival, so one owner with many requests would make all others wait for
-    all of them. Therefore a target gets about as many requests as it has slots; the others wait here, and owners (API
-    keys, addresses, and nodes that forward requests) take turns. What can begin within the longest wait may join. When
-    that is full, the newest request of the owner with the most queued is sent away, with the time at which it may come
-    back.
+    An engine serves requests in the order of arrival, so one owner with many requests would make all others wait
+    for all of them. Therefore a target gets about as many requests as it has slots; the others wait here, and
+    owners (API keys, addresses, and nodes that forward requests) take turns. Strangers come after all others. What
+    can begin within the longest wait may join. When that is full, the newest request of the owner with the most
+    queued is sent away, with the time at which it may come back.
     """
 
     def __init__(self, routes: Routes, longest: float, clock: Callable[[], float]) -> None:
@@ -214,24 +261,30 @@ class FairQueue:
         self, queue: _TargetQueue, target: Target, job: ModelRequest, deadline: float, *, begun: bool
     ) -> None:
         """Wait for a place; `exit` must follow. Raises as `turn`."""
-        now, owner = self._clock(), job.request.owner
-        if queue.rate.inside < queue.places and not queue.order:
+        now, owner, stranger = self._clock(), job.request.owner, job.request.stranger is not None
+        if queue.is_free(stranger=stranger):
             queue.rate.begin(now)
             return
         let_in = begun or (len(queue.promises) > 0 and queue.promises.redeem(_key(job), now))
         if now >= deadline:
             raise queue_full(target)
-        if not let_in and queue.length + 1 > self._longest * queue.rate.most(now):
+        if not let_in:
             full = queue_full(target)
-            if not queue.drop_newest(owner, full):
+            if not queue.make_room(owner, self._longest * queue.rate.most(now), full, stranger=stranger):
                 raise full
         loop = asyncio.get_running_loop()
         place: asyncio.Future[None] = loop.create_future()
-        queue.join(owner, place)
+        lane = queue.lane(stranger=stranger)
+        lane.join(owner, place)
 
         def expire() -> None:
+            # Look once more: the timer can be due before what came while the node was busy has been read.
+            nonlocal timer
+            timer = loop.call_later(_LAST_LOOK, send_away)
+
+        def send_away() -> None:
             if not place.done():
-                queue.leave(owner, place)
+                lane.leave(owner, place)
                 place.set_exception(queue_full(target))
 
         timer = loop.call_later(deadline - now, expire)
@@ -243,7 +296,7 @@ class FairQueue:
                 if place.exception() is None:
                     self.exit(queue, target, job.model, completed=False)
             else:
-                queue.leave(owner, place)
+                lane.leave(owner, place)
             raise
         finally:
             timer.cancel()
@@ -252,8 +305,8 @@ class FairQueue:
         """Give the place to the next in the queue; or send all on, where this launch takes no more requests."""
         now = self._clock()
         queue.rate.end(now, completed=completed)
-        moved = bool(queue.order) and not self._is_current(target, model)
-        while (moved or queue.rate.inside < queue.places) and (place := queue.next()) is not None:
+        moved = queue.length > 0 and not self._is_current(target, model)
+        while (place := queue.next(moved=moved)) is not None:
             if place.done():
                 continue
             if moved:

@@ -6,6 +6,7 @@ the API's own shape. An undisturbed answer is relayed as bytes, never parsed.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from dataclasses import dataclass, replace
 import structlog
 
 from mesh_llm.api.accounting import Attempt, RequestAccounting
-from mesh_llm.api.circle import in_circle
+from mesh_llm.api.announced import Answered, HostChecks
+from mesh_llm.api.circle import check_turn, in_circle
 from mesh_llm.api.crashes import ENGINE_DIED, ENGINE_STUCK, CrashGuard, engine_died
 from mesh_llm.api.errors import (
     ERROR_HEADER,
@@ -26,6 +28,7 @@ from mesh_llm.api.errors import (
     error_event,
     error_summary,
     is_gone,
+    of_stranger,
     pass_unchanged,
     stream_broken,
     stream_error_rewriter,
@@ -49,6 +52,7 @@ from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import (
     NODE_HEADER,
     WIRE_HEADER,
+    Place,
     TargetLostError,
     Upstream,
     UpstreamRequest,
@@ -68,6 +72,8 @@ RESUMED_HEADER = b"x-mesh-llm-resumed"
 
 _ENGINE_FAULTS = (ENGINE_DIED.encode(), ENGINE_STUCK.encode())
 _BYTES_PER_TOKEN = 4
+_MAX_PAUSED, _MOST_PAUSE = 256, 60.0
+"""Hosts that refused this node, which came by a public listing, and the seconds for which they are not asked again."""
 _MOVED_BYTES = 1024
 """Of a prompt: so much more must another node have seen before its cache may be moved."""
 _NODE_ID = re.compile(rb"[0-9a-f]{64}")
@@ -76,7 +82,7 @@ _LAST_RESPONSE = b"response.completed"
 _NOT_RELAYED = frozenset(
     (b"server", b"date", b"content-length", NODE_HEADER, MODEL_HEADER, ASKED_HEADER, RESUMED_HEADER)
 )
-_NOTHING = nullcontext()
+_NOTHING: AbstractAsyncContextManager[None] = nullcontext()
 """Nothing to enter and to leave: a context manager made of a generator costs a request several microseconds."""
 _log = structlog.get_logger(__name__)
 
@@ -141,14 +147,16 @@ class Proxy:
         self._upstream = upstream
         self._accounting = accounting
         self._affinity = PrefixAffinity()
+        self._checks = HostChecks(accounting.traffic)
         self._routes = routes
         self._crashes = crashes
         self._clock = clock
         self._budget = MemoryBudget(config.resume_bytes, config.resume_budget_bytes)
         self.queue = FairQueue(routes, config.queue_wait, clock)
         accounting.metrics.watch_queue(lambda: self.queue.waiting)
-        self._resumer = StreamResumer(config, upstream, accounting, self.queue, crashes, clock)
+        self._resumer = StreamResumer(config, upstream, accounting, routes, self.queue, crashes, clock)
         self._count = 0
+        self._paused: OrderedDict[NodeId, tuple[float, float, MeshError]] = OrderedDict()
 
     async def answer(self, job: ModelRequest, route: ModelRoute) -> None:
         """Answer a request for a model from the first target that does.
@@ -165,7 +173,11 @@ class Proxy:
         selector = TargetSelector(self._config, self._routes, self._clock, job, self._rank, targets)
         upstream_request = UpstreamRequest(request.method, request.target, request.forwarded_headers(model), job.body)
         current = self._routes.current
-        reachable = {node: one for node, one in warmth.items() if node in current.alive or node == current.node}
+        reachable = {
+            node: one
+            for node, one in warmth.items()
+            if (node in current.alive or node == current.node) and (model, node) not in current.distrusted
+        }
         plan = _Plan(job, upstream_request, selector, prefixes, reachable)
         failures: list[MeshError] = []
         tried: set[tuple[NodeId, int]] = set()
@@ -217,12 +229,17 @@ class Proxy:
         """
         job = plan.job
         request = job.request
+        if (paused := self._refused_before(target)) is not None:
+            return paused
         via = "peer" if request.peer else "client"
         attempt = self._accounting.open(job.model, target, via, job.began, request.trace, request.recording)
         refused: MeshError | None = None
         try:
-            async with self.queue.turn(target, job, plan.selector.deadline), self._prepared(plan, target):
-                response = await self._upstream.send(target, plan.request_for(target), job.model, request.recording)
+            async with self.queue.turn(target, job, plan.selector.deadline), self._prepared(plan, target) as place:
+                check_turn(request, target, job.model, self._routes.current)
+                attempt.sent_at = self._clock()
+                asked = plan.request_for(target)
+                response = await self._upstream.send(target, asked, job.model, request.recording, place)
                 try:
                     refused = refusal(response)
                     if refused is not None:
@@ -232,6 +249,7 @@ class Proxy:
                     if response.head.status >= 400 and request.peer is None:
                         error, summary = await _read_error(response)
                         if isinstance(error, ContextExceededError):
+                            self._checks.refused(job, target, error)
                             raise error
                         attempt.first_byte()
                         await self._relay_error(plan, response, error, target)
@@ -244,6 +262,7 @@ class Proxy:
                     response.close()
         except MeshError as error:
             refused = error
+            self._pause(target, error)
             return error
         except TargetLostError as error:
             _log.warning("target lost", model=job.model, node=target.node, reason=str(error))
@@ -254,8 +273,32 @@ class Proxy:
                 attempt.close(status=refused.status, reason=refused.message)
             attempt.close(status=CLIENT_GONE)
 
-    def _prepared(self, plan: _Plan, target: Target) -> AbstractAsyncContextManager[None]:
-        """Prepare an engine here for a request: it gets its prompt, and guesses nothing where that would be noticed."""
+    def _pause(self, target: Target, error: MeshError) -> None:
+        """Where this node's quota at a host is used up, do not ask it again for a while: it would be cut off."""
+        if not target.local and of_stranger(error.code) and error.retry_after:
+            now = self._clock()
+            # Not until its day ends: an invite by hand lifts the quota at once.
+            self._paused[target.node] = now + min(error.retry_after, _MOST_PAUSE), now + error.retry_after, error
+            self._paused.move_to_end(target.node)
+            if len(self._paused) > _MAX_PAUSED:
+                self._paused.popitem(last=False)
+
+    def _refused_before(self, target: Target) -> MeshError | None:
+        """What a host answered that is not to be asked yet."""
+        if target.node not in self._paused:
+            return None
+        again, ends, error = self._paused[target.node]
+        now = self._clock()
+        if now >= again:
+            del self._paused[target.node]
+            return None
+        return replace(error, retry_after=ends - now)
+
+    def _prepared(self, plan: _Plan, target: Target) -> AbstractAsyncContextManager[Place | None]:
+        """Prepare an engine here for a request: it gets its prompt, and guesses nothing where that would be noticed.
+
+        Gives the place that has got the prompt's cache; None: any of the target's engines will do.
+        """
         job, caches, guessing = plan.job, self._upstream.caches, self._upstream.guessing
         if not target.local:
             return _NOTHING
@@ -264,33 +307,43 @@ class Proxy:
         return self._prompt_cache(plan, target) if caches.keeps(job.model, target.term) else _NOTHING
 
     @asynccontextmanager
-    async def _unguessed(self, plan: _Plan, target: Target) -> AsyncGenerator[None]:
+    async def _unguessed(self, plan: _Plan, target: Target) -> AsyncGenerator[Place | None]:
         job, caches, guessing = plan.job, self._upstream.caches, self._upstream.guessing
-        async with self._prompt_cache(plan, target) if caches.keeps(job.model, target.term) else _NOTHING:
+        async with self._prompt_cache(plan, target) if caches.keeps(job.model, target.term) else _NOTHING as place:
             resume = await guessing.pause(job.model, target.term)
             try:
-                yield
+                yield place
             finally:
                 resume()
 
     @asynccontextmanager
-    async def _prompt_cache(self, plan: _Plan, target: Target) -> AsyncGenerator[None]:
-        """Bring back what is saved of the prompt, which an engine here is to read; say when its answer has ended."""
+    async def _prompt_cache(self, plan: _Plan, target: Target) -> AsyncGenerator[Place | None]:
+        """Choose a place here, and bring back what is saved of the prompt that is to be read there; gives the place.
+
+        At the end, say that its answer has ended.
+        """
         job, caches = plan.job, self._upstream.caches
         path = job.request.path
         # The cache of a prompt that may not go everywhere is not given to others: nobody can find it by its beginning.
-        moves = path in RESUMABLE and job.request.circle is None
+        # Nor is a stranger's, and it gets no other's: its prompt is read as a whole.
+        moves = path in RESUMABLE and job.request.circle is None and job.request.stranger is None
         prefixes = (plan.prefixes or prompt_prefixes(job.body)) if moves else []
         holder = plan.holder_for(target.node) if prefixes else None
         elsewhere = None
-        if holder is not None and holder != target.node:
+        # It may be another node that names it.
+        distrusted = holder is not None and (job.model, holder) in self._routes.current.distrusted
+        if holder is not None and holder != target.node and not distrusted:
             elsewhere = PromptElsewhere(holder, path, self._upstream.body_for(job.model, path, job.body))
         marks = [Mark(prefix.key, prefix.size) for prefix in prefixes]
-        ended = await caches.begin(job.model, target.term, marks, elsewhere)
+        place = self._upstream.engines.place(target.address, path, job.body)
         try:
-            yield
+            ended = await caches.begin(job.model, target.term, place.address, marks, elsewhere, place.slot)
+            try:
+                yield place
+            finally:
+                ended()
         finally:
-            ended()
+            place.done()
 
     async def _relay(
         self, plan: _Plan, response: UpstreamResponse, attempt: Attempt, target: Target
@@ -335,7 +388,7 @@ class Proxy:
                 await reply.end(data)
             if lost:
                 self._accounting.metrics.resumed.labels(job.model, "restarted").inc()
-            attempt.close(status=status, transcript=transcript)
+            self._end_well(job, target, attempt, transcript, status)
             return None
         except TargetLostError as error:
             if not reply.started:
@@ -353,6 +406,15 @@ class Proxy:
         finally:
             transcript.close()
             attempt.close(status=CLIENT_GONE, transcript=transcript)
+
+    def _end_well(
+        self, job: ModelRequest, target: Target, attempt: Attempt, transcript: Transcript, status: int
+    ) -> None:
+        busy = self._accounting.in_flight(job.model).get(target.node, 0)
+        attempt.close(status=status, transcript=transcript)
+        if status == 200 and not target.local:
+            times = (attempt.sent_at, attempt.first_byte_at, attempt.ended_at)
+            self._checks.answered(job, target, Answered(attempt.usage, transcript, *times, busy))
 
     async def _read_whole(self, response: UpstreamResponse) -> bytes:
         """An answer without streaming, whole if it is not too long: until it is sent it can be asked for again."""
@@ -464,10 +526,14 @@ async def _break_off(job: ModelRequest, error: MeshError, between_events: bool) 
 
 _LOGPROBS = re.compile(rb'"(?:top_)?logprobs"\s*:\s*(?:true|[1-9])|"n_probs"\s*:\s*[1-9]|\.logprobs"')
 """In a request for log probabilities. The text of a message has its quotes escaped, so it does not match."""
+_ESCAPED_LETTER = re.compile(rb"\\u00(2[eE]|5[fF]|[67][0-9a-fA-F])")
+"""A letter, point or underscore that need not be escaped. No client is known to write one so; JSON permits it."""
 
 
 def wants_logprobs(body: bytes) -> bool:
     """Whether a request asks for the log probabilities of its answer's tokens. Quick, also for long prompts."""
+    if b"\\u00" in body:
+        body = _ESCAPED_LETTER.sub(lambda found: bytes.fromhex(found[1].decode()), body)
     return b"prob" in body and _LOGPROBS.search(body) is not None
 
 

@@ -1,32 +1,43 @@
 """Receipts: made at the end of an answer, kept for a while, and given to who asked; also this node's parts of others'.
 
 The asking node records what passes (`recording`), fetches from each host what it signed, and signs the whole. A host
-signs its part before it sends the last bytes of its answer, and keeps it for the node that asked.
+signs a first part before its engine gets the prompt, and sends it at once; and its part before it sends the last bytes
+of its answer, which it keeps for the node that asked.
 """
 
 import asyncio
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlencode
 
 import msgspec
 import structlog
 
 from mesh_llm.api.errors import method_not_allowed
-from mesh_llm.api.recording import PART_HEADER, Recording, StepRecord, WallClock
+from mesh_llm.api.recording import FIRST_HEADER, PART_HEADER, Recording, StepRecord, WallClock
 from mesh_llm.api.request import Reply, Request, query_fields
 from mesh_llm.api.types import ENDPOINTS
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest
-from mesh_llm.core.trust.receipts import LIMITS, Checked, answered_by, examine, holds, who_saw
+from mesh_llm.core.trust.receipts import LIMITS, Checked, answered_by, begun_by, examine, holds, who_saw
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.receipt import MAX_STATEMENT, Announced, Outcome, Receipt, Served, Statement, Step
+from mesh_llm.core.types.receipt import MAX_STATEMENT, Announced, FirstPart, Outcome, Receipt, Served, Statement, Step
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
-from mesh_llm.wire.codec import SIGNATURE_BYTES, Sign, Verify
+from mesh_llm.wire.codec import SIGNATURE_BYTES, Sign, Verify, copied
 from mesh_llm.wire.http.http1 import Headers
-from mesh_llm.wire.mesh.receipts import read_receipt, sign_receipt, sign_statement
+from mesh_llm.wire.mesh.receipts import (
+    first_text,
+    read_receipt,
+    read_statement,
+    says_the_same,
+    sign_first,
+    sign_receipt,
+    sign_statement,
+)
 
 RECEIPT_HEADER = b"x-mesh-llm-receipt"
 """On a client's request: `on` or `off`. On an answer in one piece: the receipt."""
@@ -69,6 +80,7 @@ class SeenBy(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     part: str
     signed: bool
+    first_only: bool
 
 
 class FindingShown(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,8 +96,8 @@ class ReceiptShown(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: 32 hex digits.
         holds: nothing in the examination fails.
-        model and what follows it: as the host signed it; empty or 0 where no host signed. `content`: SHA-256 of the
-            model's file in hex, as the host says.
+        model and what follows it: as the last host signed it, token counts only at the answer's end; empty or 0 where
+            it did not. `content`: SHA-256 of the model's file in hex, as the host says.
         seen: the nodes that saw the prompt.
         findings: the examination.
         limits: what no receipt proves.
@@ -181,6 +193,8 @@ class Receipts:
             if value is None or not recording.for_peer(request.peer, value):
                 return False
             self._expected[request.peer, recording.challenge] = asyncio.Event()
+            if request.hint is not None:
+                recording.begins = partial(self._sign_first, recording, request.peer, request.hint)
         elif not self._wanted(request):
             return False
         request.recording = recording
@@ -255,7 +269,12 @@ class Receipts:
             statement, signature = sign_statement(made, notary.sign)
             return record.step(statement, signature)
         part = await self._fetch(record)
-        return record.step(part.statement, part.signature) if part is not None else step
+        if part is None:
+            return record.step(with_first=True)
+        told = read_statement(step.node, part.statement, part.signature, notary.verify) if record.first else None
+        # It stays where it says more, or something else, than what was signed at the end.
+        stays = not isinstance(told, Statement) or not says_the_same(record.first, told)
+        return record.step(part.statement, part.signature, with_first=stays)
 
     async def _fetch(self, record: StepRecord) -> Part | None:
         """What another node signed; None where it does not say."""
@@ -287,9 +306,13 @@ class Receipts:
         challenge: bytes,
         previous: bytes,
         ended: int,
+        known: Served | None = None,
     ) -> Statement:
         """What this node says about one request that an engine here got."""
         served = notary.served(record.model, record.target.term)
+        if known is not None:
+            # What was signed at first holds; its file may have been read since.
+            served = msgspec.structs.replace(known, content=known.content or served.content)
         usage = record.answer.usage()
         return Statement(
             host=notary.node,
@@ -330,22 +353,39 @@ class Receipts:
 
     # Parts of other nodes' receipts.
 
+    async def _sign_first(
+        self, recording: Recording, asker: NodeId, hint: Callable[[Headers], Awaitable[None]]
+    ) -> None:
+        """An engine here is about to get another node's prompt: sign that, and say it at once."""
+        notary = self.notary
+        if notary is None or not recording.steps or not recording.request:
+            return
+        record = recording.steps[-1]
+        recording.served = notary.served(record.model, record.target.term)
+        first = copied(FirstPart, self._state_part(recording, record, asker, notary))
+        # Who is gone is noticed elsewhere.
+        with suppress(OSError):
+            await hint(((FIRST_HEADER, first_text(sign_first(first, notary.sign))),))
+
+    def _state_part(self, recording: Recording, record: StepRecord, asker: NodeId, notary: Notary) -> Statement:
+        """What this node says about another node's request."""
+        ended, known = recording.ended, recording.served
+        made = self._state(record, notary, asker, recording.challenge, recording.previous, ended, known)
+        return msgspec.structs.replace(
+            made,
+            request=recording.request,
+            answer=recording.answer.digest,
+            answer_bytes=recording.answer.size,
+            status=recording.status,
+            whole=recording.whole,
+            began=recording.began,
+        )
+
     def _sign_part(self, recording: Recording, asker: NodeId, notary: Notary) -> None:
         key = (asker, recording.challenge)
-        if key in self._parts:
-            return
-        if recording.steps and recording.request:
-            record = recording.steps[-1]
-            made = self._state(record, notary, asker, recording.challenge, recording.previous, recording.ended)
-            made = msgspec.structs.replace(
-                made,
-                request=recording.request,
-                answer=recording.answer.digest,
-                answer_bytes=recording.answer.size,
-                status=recording.status,
-                whole=recording.whole,
-                began=recording.began,
-            )
+        # A challenge that was answered before is not answered anew.
+        if key not in self._parts and recording.steps and recording.request:
+            made = self._state_part(recording, recording.steps[-1], asker, notary)
             self._parts[key] = (Part(*sign_statement(made, notary.sign)), self._clock())
             self._of_peer[asker] += 1
             self._bound_parts(asker)
@@ -419,7 +459,8 @@ class Receipts:
 def shown(checked: Checked, text: str, name_of: Callable[[NodeId], str]) -> ReceiptShown:
     """A receipt as it is shown."""
     findings = examine(checked)
-    host = answered_by(checked)
+    end = answered_by(checked)
+    host = end or begun_by(checked)
     return ReceiptShown(
         id=checked.receipt.id.hex(),
         holds=holds(findings),
@@ -431,10 +472,11 @@ def shown(checked: Checked, text: str, name_of: Callable[[NodeId], str]) -> Rece
         engine=host.engine if host is not None else "",
         cache_type=host.cache_type if host is not None else "",
         wire_type=host.wire_type if host is not None else "",
-        prompt_tokens=host.prompt_tokens if host is not None else 0,
-        tokens=host.tokens if host is not None else 0,
+        prompt_tokens=end.prompt_tokens if end is not None else 0,
+        tokens=end.tokens if end is not None else 0,
         seen=tuple(
-            SeenBy(node=one.node, name=name_of(one.node), part=one.part, signed=one.signed) for one in who_saw(checked)
+            SeenBy(node=one.node, name=name_of(one.node), part=one.part, signed=one.signed, first_only=one.first_only)
+            for one in who_saw(checked)
         ),
         findings=tuple(FindingShown(mark=one.mark.value, text=one.text) for one in findings),
         receipt=text,

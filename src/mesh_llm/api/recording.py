@@ -5,7 +5,7 @@ Only requests that ask for a receipt have a recording; the others are relayed as
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -14,12 +14,14 @@ from mesh_llm.api.transcript import Transcript
 from mesh_llm.api.types import Usage
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.receipt import CHALLENGE_BYTES, MAX_STEPS, RECEIPT_ID_BYTES, Announced, Outcome, Step
-from mesh_llm.wire.http.http1 import Headers
-from mesh_llm.wire.mesh.receipts import request_digest, step_digest
+from mesh_llm.core.types.receipt import CHALLENGE_BYTES, MAX_STEPS, RECEIPT_ID_BYTES, Announced, Outcome, Served, Step
+from mesh_llm.wire.http.http1 import Headers, header
+from mesh_llm.wire.mesh.receipts import parse_first_text, request_digest, step_digest
 
 PART_HEADER = b"x-mesh-llm-receipt-part"
 """On a request to another node: the challenge, and the digest of the step before if there is one, in hex."""
+FIRST_HEADER = b"x-mesh-llm-receipt-first"
+"""Of an interim response between nodes: the first part that a host signs, before its engine has the prompt."""
 _PART = re.compile(rb"([0-9a-f]{32})\.((?:[0-9a-f]{64})?)")
 _REFUSALS = frozenset((404, 429, 503))
 
@@ -59,7 +61,7 @@ class StepRecord:
 
     Attributes:
         began: UNIX milliseconds.
-        complete: its answer came to the end.
+        first: the host's first part, with its signature, as it came; empty: none came.
     """
 
     target: Target
@@ -72,11 +74,18 @@ class StepRecord:
     answer: Passing = field(default_factory=Passing)
     outcome: Outcome | None = None
     status: int = 0
+    first: bytes = b""
 
     @property
     def header(self) -> tuple[bytes, bytes]:
         """What the host is sent, so that it signs its part."""
         return PART_HEADER, f"{self.challenge.hex()}.{self.previous.hex()}".encode()
+
+    def hinted(self, headers: Headers) -> None:
+        """The host sent headers before its answer."""
+        value = header(headers, FIRST_HEADER)
+        if value is not None:
+            self.first = parse_first_text(value)
 
     def ended(self, status: int) -> None:
         """The attempt is over, with this status of telemetry. Only the first call counts."""
@@ -90,8 +99,12 @@ class StepRecord:
             self.status = self.status or status
             self.outcome = Outcome.REFUSED if self.status in _REFUSALS else Outcome.ANSWERED
 
-    def step(self, statement: bytes = b"", signature: bytes = b"") -> Step:
-        """The finished step, with what its host signed."""
+    def step(self, statement: bytes = b"", signature: bytes = b"", *, with_first: bool = False) -> Step:
+        """The finished step, with what its host signed.
+
+        `with_first`: it has the first part in any case. Else only that of a host that did not come to the answer's end.
+        """
+        unfinished = self.outcome in (Outcome.LOST, Outcome.LEFT)
         return Step(
             node=self.target.node,
             outcome=self.outcome or Outcome.ANSWERED,
@@ -102,9 +115,11 @@ class StepRecord:
             answer_bytes=self.answer.size,
             status=self.status,
             fingerprint=self.announced.fingerprint,
-            workers=self.announced.workers,
+            # A passive node has no announcements, but routes.
+            workers=self.announced.workers or self.target.workers,
             statement=statement,
             signature=signature,
+            first=self.first if unfinished or with_first else b"",
         )
 
 
@@ -122,6 +137,8 @@ class Recording:
         status: of the answer; 0: none has begun.
         steps: the hosts that got the request.
         whole: the answer was sent to its end.
+        served: what is served here, as it was signed in the first part; None: none was.
+        begins: signs the first part, for another node's request, before an engine here gets the prompt; None elsewhere.
         began, ended: UNIX milliseconds; `ended` 0: not yet.
     """
 
@@ -146,6 +163,8 @@ class Recording:
         self.too_many = False
         """More hosts got the request than a receipt names."""
         self.whole = False
+        self.served: Served | None = None
+        self.begins: Callable[[], Awaitable[None]] | None = None
         self.ended = 0
         self._wall_clock = wall_clock
         self._announced = announced

@@ -52,10 +52,11 @@ class Request:
         read: the body's next piece, for a body that has not arrived as a whole.
         whole: the whole body, where it arrived together with the head; `read` is not used then.
         peer: the node that forwards the request; None for a client of this node.
+        stranger: the address of a peer that came by a public listing, as its quota is counted; None: it is no stranger.
         key: the name of the API key that it shows; empty without one.
         address: the client's IP address; empty where it is not known.
         trusted: another part of this process authenticated the client: host, origin and key are not checked.
-        owner: whom the request counts for in the limits; see Auth.owner.
+        owner: the client whose limits the request counts against, as `Auth.owner` names it.
         trace: record of what happens to the request.
         id: the name by which a client's answer carries it, in a header and in errors.
         client: address and port of a client's end of its connection; None where that is not known.
@@ -63,6 +64,7 @@ class Request:
         asked_path: the path that the client asked, where `path` is what a dialect made of it; else empty.
         circle: the owners whose nodes may see its prompt; None: any.
         recording: for its receipt, if it gets one.
+        hint: sends headers before the answer, to a peer; None where there is no such way.
         summed: of a stream from the engine a dialect makes an answer in one piece: nothing may come before it.
     """
 
@@ -73,6 +75,7 @@ class Request:
     read: ReadPiece
     whole: bytes | None = None
     peer: NodeId | None = None
+    stranger: str | None = None
     key: str = ""
     address: str = ""
     trusted: bool = False
@@ -85,6 +88,7 @@ class Request:
     for_ollama: bool = False
     asked_path: str = ""
     summed: bool = False
+    hint: Callable[[Headers], Awaitable[None]] | None = None
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header (its name lower-case), or None."""
@@ -267,11 +271,13 @@ _decode_name = msgspec.json.Decoder(str | None).decode
 
 
 def json_fields(request: Request, body: bytes) -> Fields:
-    """The top-level fields of a JSON body, each still encoded; empty where there is no body.
+    """The top-level fields of a JSON body, each still encoded; none for a method without a body.
 
     Raises:
         MeshError: `invalid_json` (400), or `not_json` (415) for a multipart form.
     """
+    if request.method == "POST" and not body:
+        raise _invalid_json("The request body is empty.")
     if request.method == "GET" or not body:
         return {}
     if any(name == b"content-type" and b"multipart" in value.lower() for name, value in request.headers):

@@ -12,6 +12,7 @@ from hashlib import blake2b
 
 import msgspec
 
+from mesh_llm.api.announced import overstated
 from mesh_llm.api.circle import may_see
 from mesh_llm.api.errors import ContextExceededError
 from mesh_llm.api.request import ModelRequest
@@ -195,6 +196,8 @@ class TargetSelector:
         self._ranked = list(ranked)
         self._attempts = config.attempts
         self._min_context = 0
+        self._body = job.body
+        self._overstated: set[tuple[NodeId, int]] = set()
         self._lost_at = float("-inf")
         self._first_lost: float | None = None
         self._first_refused: float | None = None
@@ -226,6 +229,12 @@ class TargetSelector:
 
     def target_refused(self, target: Target, error: MeshError) -> None:
         """A target does not take the request now."""
+        if isinstance(error, ContextExceededError) and overstated(target, error, self._body) is not None:
+            # It refuses what fits the context that it announces. What it says of the prompt counts for no other, and
+            # the first few such targets are no attempts.
+            self._attempts += len(self._overstated) < self._config.attempts
+            self._overstated.add((target.node, target.term))
+            return
         if isinstance(error, ContextExceededError):
             # Not an attempt: only targets with a larger context are tried from now on, so this ends.
             self._attempts += 1
@@ -297,7 +306,9 @@ class TargetSelector:
 
     def _fits(self, target: Target) -> bool:
         """Whether the target's context is large enough, and the prompt may go there as far as is known now."""
-        return target.context >= self._min_context and may_see(self._request, target, self._routes.current)
+        if target.context < self._min_context or (target.node, target.term) in self._overstated:
+            return False
+        return may_see(self._request, target, self._model, self._routes.current)
 
     def _usable(self, target: Target, version: int, now: float) -> bool:
         key = (target.node, target.term)

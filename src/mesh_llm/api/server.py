@@ -17,6 +17,7 @@ import structlog
 from uvicorn.server import ServerState
 
 from mesh_llm.api.accounting import RequestAccounting
+from mesh_llm.api.canaries import CanaryClient
 from mesh_llm.api.crashes import CrashGuard
 from mesh_llm.api.dialects.ollama.endpoints import KnownModels
 from mesh_llm.api.dialects.ollama.management import ModelStore
@@ -27,11 +28,15 @@ from mesh_llm.api.protocol import BoundedProtocol
 from mesh_llm.api.proxy import Proxy
 from mesh_llm.api.receipts import Notary, Receipts
 from mesh_llm.api.request import ReadPiece, Request
+from mesh_llm.api.strangers import Strangers
+from mesh_llm.api.stream_watchdog import StreamWatchdog
 from mesh_llm.api.telemetry import TraceLog
-from mesh_llm.api.types import ApiConfig, KeyLimit, StatusRequests
-from mesh_llm.api.upstream import LocalEngines, StreamWatchdog, TargetLostError, Upstream, UpstreamRequest
+from mesh_llm.api.types import ApiConfig, KeyLimit, StatusRequests, Usage
+from mesh_llm.api.upstream import LocalEngines, TargetLostError, Upstream, UpstreamRequest
 from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.trust.circle import Owners
+from mesh_llm.core.trust.strangers import CutOff
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model_settings import ModelSettings
@@ -40,12 +45,14 @@ from mesh_llm.runtime.asgi import bind, uvicorn_config
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.http.http1 import (
     LAST_CHUNK,
+    Headers,
     Http1Error,
     Http1Limits,
     RequestHead,
     RequestParser,
     chunk,
     header,
+    hint_bytes,
     response_bytes,
 )
 
@@ -82,16 +89,30 @@ class ApiServer:
         crashes = CrashGuard(self._upstream, clock)
         proxy = Proxy(config, self._upstream, self._accounting, routes, crashes, clock)
         self._receipts = Receipts(self._upstream, clock, always=config.receipts)
-        self._handler = Handler(config, routes, self._accounting, proxy, crashes, self._receipts, clock)
-        self._peers = PeerServer(config, self._handler)
+        self.strangers = Strangers(config.stranger_limits, config.stranger_file, clock)
+        """Requests of nodes that came by a public listing."""
+        self._handler = Handler(config, routes, self._accounting, proxy, crashes, self._receipts, self.strangers, clock)
+        self._peers = PeerServer(config, self._handler, self.strangers)
+        self.canaries = CanaryClient(self._upstream, self._accounting, self._receipts)
+        """Sends canaries; see use_canaries."""
         self._state = ServerState()
         self._servers: list[asyncio.Server] = []
         self.ollama_port = 0
         """The port for clients of Ollama; 0: there is none, or it does not listen yet."""
 
-    def use_mesh(self, open_stream: OpenStream) -> None:
-        """Reach remote targets by streams of the mesh, now that the node is part of one."""
+    def use_mesh(
+        self,
+        open_stream: OpenStream,
+        source_of: Callable[[NodeId], str | None] = lambda _: None,
+        cut_off: Callable[[CutOff, str], None] = lambda _who, _why: None,
+    ) -> None:
+        """Reach remote targets by streams of the mesh, now that the node is part of one.
+
+        `source_of`: where a node comes from, if it is a stranger; None: it is none. `cut_off`: gets who is to be
+        disconnected and refused for a while, and why.
+        """
         self._upstream.open_stream = open_stream
+        self.strangers.source_of, self.strangers.cut_off = source_of, cut_off
 
     def use_engines(
         self, engines: LocalEngines, caches: PromptCaches | None = None, guessing: Guessing | None = None
@@ -111,6 +132,11 @@ class ApiServer:
         """Make receipts from now on, and sign parts of other nodes' receipts."""
         self._receipts.notary = notary
 
+    def use_canaries(self, worked: Callable[[ModelName, NodeId, Usage], None]) -> None:
+        """Learn what clients' requests look like, and call this for each answer that another node gave one of them."""
+        self._handler.shapes = self.canaries.shapes
+        self._accounting.worked = worked
+
     def watch_moves(self, moved: Callable[[], tuple[int, int]]) -> None:
         """Show in the metrics how many prompt caches came from other nodes, and how many went to them."""
         self._accounting.metrics.watch_moves(moved)
@@ -122,6 +148,15 @@ class ApiServer:
     def use_access(self, keys: Iterable[str], origins: Iterable[str]) -> None:
         """Accept these API keys, and pages of these origins, and no others, from now on."""
         self._handler.use_access(keys, origins)
+
+    @property
+    def owners(self) -> Owners:
+        """The owners of which the circle of a private request is made."""
+        return self._handler.owners
+
+    def use_owner(self, own: str) -> None:
+        """Take this node for this owner's from now on; empty: for nobody's."""
+        self._handler.owners = msgspec.structs.replace(self._handler.owners, own=own)
 
     @property
     def needs_key(self) -> bool:
@@ -154,7 +189,8 @@ class ApiServer:
                 listener.close()
                 raise
         self._scope.supervise(self._watchdog.run, "stream-watchdog")
-        self._scope.supervise(self._accounting.usage.keep, "usage")
+        self._scope.supervise(self._accounting.usage.file.keep, "usage")
+        self._scope.supervise(self.strangers.file.keep, "strangers")
         await self._listen(listener, ollama=False)
         if second is not None:
             await self._listen(second, ollama=True)
@@ -224,7 +260,7 @@ class ApiServer:
     def summary(self) -> StatusRequests:
         """The last minute, for the status."""
         recent = self._accounting.recent.summary(self.in_flight)
-        return msgspec.structs.replace(recent, keys=self._accounting.usage.usage())
+        return msgspec.structs.replace(recent, keys=self._accounting.usage.usage(), strangers=self.strangers.usage())
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Accept nothing new, let requests in flight end within `drain_seconds`, cut the rest."""
@@ -244,7 +280,8 @@ class ApiServer:
         await self._handler.responses.close()
         await self._receipts.close()
         await self._scope.close()
-        await asyncio.to_thread(self._accounting.usage.save)
+        await asyncio.to_thread(self._accounting.usage.file.save)
+        await asyncio.to_thread(self.strangers.file.save)
 
 
 class AsgiApp:
@@ -412,9 +449,10 @@ class PeerServer:
     Such a request is never passed on to a third node, so it cannot go round in circles.
     """
 
-    def __init__(self, config: ApiConfig, handler: Handler) -> None:
+    def __init__(self, config: ApiConfig, handler: Handler, strangers: Strangers) -> None:
         self._config = config
         self._handler = handler
+        self._strangers = strangers
 
     async def serve(self, stream: RequestStream, peer: NodeId) -> None:
         """Answer the one request on a stream of an admitted peer. Returns when it is done; never raises OSError."""
@@ -425,12 +463,14 @@ class PeerServer:
                     head, read, whole = await self._read_head(stream)
             except Http1Error as error:
                 bad = MeshError("bad_request", f"The request is not well-formed HTTP: {error}.", "", 400)
+                if (source := self._strangers.source_of(peer)) is not None:
+                    self._strangers.blame(peer, source, malformed=True)
                 status, headers, body = error_response(bad, Dialect.OPENAI)
                 await reply.start(status, headers)
                 await reply.end(body)
                 return
             path, _, query = head.target.partition("?")
-            request = Request(head.method, path, query, head.headers, read, whole, peer=peer)
+            request = Request(head.method, path, query, head.headers, read, whole, peer=peer, hint=reply.hint)
             await self._handler.handle(request, reply)
         except (OSError, asyncio.CancelledError) as error:
             reply.abort()
@@ -473,6 +513,10 @@ class StreamReply:
         self._chunked = False
         self._head = b""
         self._over = False
+
+    async def hint(self, headers: Headers) -> None:
+        """Send headers at once, before the answer."""
+        await self._stream.write(hint_bytes(headers))
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Keep the head for the first piece of the body: one write in place of two."""

@@ -3,7 +3,6 @@
 `accounting` feeds all of it. Recording is cheap: texts and estimates are made when somebody asks for them.
 """
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -13,11 +12,14 @@ from statistics import median
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from mesh_llm.api.types import Attempt, Bucket, Decision, History, RankedTarget, StatusRequests, Usage
 from mesh_llm.core.routing.ranking import Target, Warmth, expected_seconds, typical_speed
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
+from mesh_llm.runtime.supervision import task_kinds
 
 CLIENT_GONE = 499
 """Status of a request whose client left before the answer was complete, as in nginx."""
@@ -364,6 +366,18 @@ class Series:
         self.generated = metrics.tokens.labels(model, target, "generated")
 
 
+class _Tasks(Collector):
+    """The tasks of the node's event loop, by kind, as they are when the metrics are read."""
+
+    def collect(self) -> Generator[GaugeMetricFamily]:
+        """For the registry."""
+        text = "Tasks of the node's event loop, by kind; a kind that rises for long is a leak."
+        family = GaugeMetricFamily("mesh_llm_tasks", text, labels=("kind",))
+        for kind, count in sorted(task_kinds().items()):
+            family.add_metric((kind,), count)
+        yield family
+
+
 class Metrics:
     """Prometheus metrics, in a registry of their own.
 
@@ -436,8 +450,7 @@ class Metrics:
             ("key", "kind"),
             registry=registry,
         )
-        tasks = Gauge("mesh_llm_tasks", "Tasks of the node's event loop; rising for long is a leak.", registry=registry)
-        tasks.set_function(lambda: len(asyncio.all_tasks()))
+        registry.register(_Tasks())
         self._requests: dict[tuple[str, str, str, str], Counter] = {}
         self._series: dict[tuple[str, str], Series] = {}
         self._prompts: dict[str, tuple[int, int]] = {}

@@ -5,6 +5,7 @@ llama-server reports what it counted at the end of an answer; an answer that may
 
 import re
 from collections import deque
+from collections.abc import Sequence
 
 from mesh_llm.api.types import Usage
 
@@ -52,7 +53,7 @@ class Transcript:
     stream, or in the JSON itself; `/v1/messages` reports the prompt's part in its first event.
     """
 
-    __slots__ = ("_blocks", "_budget", "_first", "_limit", "_tail", "_tail_size", "_taken", "events", "size")
+    __slots__ = ("_blocks", "_budget", "_first", "_limit", "_tail", "_tail_size", "_taken", "events", "pieces", "size")
 
     def __init__(self, limit: int = _TAIL, budget: MemoryBudget | None = None) -> None:
         self._limit = limit if budget is None else _BLOCK
@@ -66,6 +67,8 @@ class Transcript:
         """Bytes recorded in all."""
         self.events = 0
         """Server-sent events recorded in all."""
+        self.pieces = 0
+        """Pieces in which they came."""
 
     def add(self, data: bytes) -> None:
         """Record the next piece."""
@@ -73,6 +76,8 @@ class Transcript:
             self._first = data[:_BEGINNING]
         size = len(data)
         self.size += size
+        if size:
+            self.pieces += 1
         self.events += data.count(b"\n\n")
         self._tail_size += size
         self._tail.append(data)
@@ -114,6 +119,11 @@ class Transcript:
         """The body so far ends where a server-sent event ends, or has not begun."""
         pieces = self._tail or self._blocks
         return not pieces or pieces[-1].endswith(_EVENT_ENDS)
+
+    def ends_with_any(self, signs: Sequence[bytes]) -> bool:
+        """Whether one of these is in what was kept of the answer's end."""
+        end = self._end()
+        return any(sign in end for sign in signs)
 
     def usage(self) -> Usage:
         """Find the engine's token counts in what was kept."""

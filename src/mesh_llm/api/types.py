@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from mesh_llm.core.trust.circle import Owners, Privacy
+from mesh_llm.core.trust.strangers import StrangerLimits
 from mesh_llm.core.types.model import ModelKind
 
 MIB = 1024 * 1024
@@ -51,6 +52,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         store: directory of answers to Responses that clients can come back to; None: none are kept (`--no-store`).
         key_limits: limits of keys by name (`--key-limit`).
         usage_file: where what the keys have used is kept; None: in memory only.
+        stranger_limits: quotas of nodes that came by a public listing (`--stranger-limit`).
+        stranger_file: where what they have used today is kept; None: in memory only.
         keys: accepted API keys; may be empty only where `host` is a loopback address.
         queue_wait: how long a request may wait for its model to be ready, and then for a place (`--queue-wait`); 0: it
             is refused where it cannot begin at once.
@@ -93,6 +96,8 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     keys: tuple[str, ...] = ()
     key_limits: Mapping[str, KeyLimit] = {}
     usage_file: Path | None = None
+    stranger_limits: StrangerLimits = StrangerLimits()
+    stranger_file: Path | None = None
     queue_wait: float = 60.0
     max_in_flight: int = 2048
     max_connections: int = 4096
@@ -310,11 +315,43 @@ class KeyUsage(msgspec.Struct, frozen=True, kw_only=True):
     concurrent: int = 0
 
 
+class StrangerUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What one node that came by a public listing has used here today."""
+
+    node_id: str
+    tokens_today: int = 0
+
+
+class StrangerUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What nodes that came by a public listing use of this node, and their quotas; 0: no limit.
+
+    Attributes:
+        running: their requests now.
+        nodes: how many of them have used tokens today.
+        tokens_today: of prompts and answers, from midnight UTC.
+        refused_today: their requests that were refused, since the start at the earliest.
+        most: those that used most.
+        concurrent, tokens_per_day: of one node, and of one address.
+        all_concurrent, all_tokens_per_day: of all of them together.
+    """
+
+    running: int = 0
+    nodes: int = 0
+    tokens_today: int = 0
+    refused_today: int = 0
+    most: tuple[StrangerUse, ...] = ()
+    concurrent: int = 0
+    tokens_per_day: int = 0
+    all_concurrent: int = 0
+    all_tokens_per_day: int = 0
+
+
 class StatusRequests(msgspec.Struct, frozen=True, kw_only=True):
-    """The API's work: over the last minute, except `in_flight`, and `keys`: what each API key has used."""
+    """The API's work: over the last minute, except `in_flight`, `keys` (what each API key has used) and `strangers`."""
 
     in_flight: int = 0
     per_minute: float = 0.0
     tokens_per_second: float = 0.0
     ttfb_ms_p50: float = 0.0
     keys: tuple[KeyUsage, ...] = ()
+    strangers: StrangerUsage = StrangerUsage()

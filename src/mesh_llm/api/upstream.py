@@ -1,23 +1,34 @@
-"""The HTTP/1.1 client that reaches targets: engines over a local socket, other nodes over a mesh stream.
-
-Its watchdog distinguishes slow targets from dead ones.
-"""
+"""The HTTP/1.1 client that reaches targets: engines over a local socket, other nodes over a mesh stream."""
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from mesh_llm.api.engine_stream import ConnectionPool, EngineStream, connect_engine
 from mesh_llm.api.errors import ERROR_HEADER
 from mesh_llm.api.recording import Recording, with_part
+from mesh_llm.api.slots import (
+    ANY_SLOT,
+    EngineSlots,
+    SlotNumbers,
+    asked_of_each,
+    asked_slot,
+    asking_for,
+    gathered,
+    is_gathered,
+    names_slots,
+    with_slot,
+)
+from mesh_llm.api.stream_watchdog import TOO_LONG, StreamWatchdog, WatchedStream
 from mesh_llm.api.system_prompt import with_system_prompt
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.performance.prompt_cache import Mark
-from mesh_llm.core.routing.ranking import ModelRoute, Target
+from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.core.types.ports import (
     ByteStream,
     EngineEnd,
@@ -26,7 +37,6 @@ from mesh_llm.core.types.ports import (
     PromptCaches,
     PromptElsewhere,
     PromptEnded,
-    Routes,
     TransportSilentError,
 )
 from mesh_llm.wire.http.http1 import (
@@ -46,107 +56,8 @@ WIRE_HEADER = b"x-mesh-llm-wire"
 """On an answer of a split model: how its activations travelled from node to node, in words."""
 PEER_HOST, ENGINE_HOST = "mesh", "localhost"
 _TRY_ELSEWHERE = frozenset((404, 429, 503))
-_TOO_LONG = "it took too long"
 Keep = Callable[[], None]
 """Takes back a connection that can carry another request."""
-
-
-_WATCH_PERIOD = 1.0
-_GONE_SECONDS = 3.0
-_GONE_ALONE_SECONDS = 8.0
-
-
-@dataclass(slots=True, eq=False)
-class WatchedStream:
-    """A stream on which an answer is awaited.
-
-    Attributes:
-        waiting: a reader waits for data.
-        quiet: seconds for which the watchdog has seen it wait.
-        begun: the answer has begun: from now on its silence is limited.
-        reason: why it was cut; empty while it was not.
-        silent: it was cut because nothing came, although the mesh has not lost its target.
-    """
-
-    stream: ByteStream
-    target: Target
-    model: ModelName | None
-    waiting: bool = False
-    quiet: float = 0.0
-    begun: bool = False
-    reason: str = ""
-    silent: bool = False
-
-    def give_up(self) -> None:
-        """The answer has not begun in time: cut the stream, unless the watchdog has."""
-        if not self.reason:
-            self.reason, self.silent = _TOO_LONG, True
-            self.stream.abort()
-
-
-class StreamWatchdog:
-    """Checks all awaited answers once a second, and cuts the streams of those that will not come.
-
-    A timer for every piece of every answer would cost more than relaying it; here a reader only leaves a mark.
-    """
-
-    def __init__(self, config: ApiConfig, routes: Routes) -> None:
-        self._config = config
-        self._routes = routes
-        self._watched: set[WatchedStream] = set()
-        self._any = asyncio.Event()
-
-    def watch(self, stream: ByteStream, target: Target, model: ModelName | None) -> WatchedStream:
-        """Watch a stream until `forget`. `model`: of the awaited answer; None: it is not a model's answer."""
-        watched = WatchedStream(stream, target, model)
-        self._watched.add(watched)
-        self._any.set()
-        return watched
-
-    def forget(self, watched: WatchedStream) -> None:
-        """Stop watching a stream."""
-        self._watched.discard(watched)
-
-    async def run(self) -> None:
-        """Check every second while there are streams, until cancelled."""
-        while True:
-            if not self._watched:
-                self._any.clear()
-                await self._any.wait()
-            await asyncio.sleep(_WATCH_PERIOD)
-            self.check(_WATCH_PERIOD)
-
-    def check(self, passed: float) -> None:
-        """Cut streams that have been quiet for too long, `passed` seconds after the last check."""
-        for watched in tuple(self._watched):
-            if not watched.waiting:
-                continue
-            watched.quiet += passed
-            reason = self._hopeless(watched)
-            if reason:
-                watched.reason = reason
-                self.forget(watched)
-                watched.stream.abort()
-
-    def _hopeless(self, watched: WatchedStream) -> str:
-        longest = self._config.chunk_seconds + (0.0 if watched.target.local else self._config.node_seconds)
-        if watched.begun and watched.quiet > longest:
-            watched.silent = True
-            return f"nothing came for {longest:g} s in the middle of its answer"
-        if watched.target.local or watched.model is None or watched.quiet < _GONE_SECONDS:
-            return ""
-        # Ask for the living nodes, not for the targets: a node that failed another request, or drains, is no target for
-        # a while, and still answers this one.
-        snapshot = self._routes.current
-        if watched.target.node in snapshot.alive:
-            return ""
-        if watched.quiet >= _GONE_ALONE_SECONDS or _warm(snapshot.models.get(watched.model)):
-            return "the mesh has lost its node"
-        return ""
-
-
-def _warm(route: ModelRoute | None) -> bool:
-    return route is not None and any(target.status is ModelStatus.WARM for target in route.targets)
 
 
 @dataclass(eq=False)
@@ -181,6 +92,11 @@ class UpstreamRequest:
     headers: Headers
     body: bytes
 
+    @property
+    def path(self) -> str:
+        """Without a query."""
+        return self.target.partition("?")[0]
+
 
 class UpstreamResponse:
     """An answer that has begun: its head, and its body as it arrives. Must be closed."""
@@ -206,6 +122,7 @@ class UpstreamResponse:
         """Gets each piece of the body that is read; set for an answer with a receipt."""
         self.when_closed: Callable[[], None] | None = None
         """Is called once, when nothing more is read."""
+        self._numbers: SlotNumbers | None = None
 
     @property
     def complete(self) -> bool:
@@ -218,6 +135,35 @@ class UpstreamResponse:
         Raises:
             TargetLostError: the target died before the end, or broke the protocol.
         """
+        body = await self._arrived()
+        if self._numbers is not None:
+            body = self._numbers.cut(body)
+            while not body and not self._parser.complete:
+                body = self._numbers.cut(await self._arrived())
+            if self._parser.complete:
+                body += self._numbers.rest()
+        if self.tap is not None:
+            self.tap(body)
+        return body
+
+    async def read_all(self) -> bytes:
+        """The whole body, of an answer that is known to be short. Raises as `read`."""
+        pieces: list[bytes] = []
+        while not self.complete:
+            pieces.append(await self.read())
+        return b"".join(pieces)
+
+    def replace(self, status: int, body: bytes) -> None:
+        """Give another answer, in JSON, in place of one that has been read to its end."""
+        headers = ((b"content-type", b"application/json; charset=utf-8"),)
+        self.head, self._body = ResponseHead(status=status, headers=headers, length=len(body)), body
+
+    def renumber(self, first: int) -> None:
+        """Count the slots that the answer names from `first` on. Its length is not known before its end."""
+        self._numbers = SlotNumbers(first)
+        self.head = ResponseHead(status=self.head.status, headers=self.head.headers, length=None)
+
+    async def _arrived(self) -> bytes:
         body, self._body = self._body, b""
         watched = self._watched
         while not body and not self._parser.complete:
@@ -236,8 +182,6 @@ class UpstreamResponse:
                 watched.waiting = False
             pieces = [event for event in events if isinstance(event, bytes)]
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if self.tap is not None:
-            self.tap(body)
         return body
 
     def close(self) -> None:
@@ -276,10 +220,17 @@ def refusal(response: UpstreamResponse) -> MeshError | None:
 
 
 class Place(NamedTuple):
-    """The engine that gets a request: its address, and what to call when the answer has ended."""
+    """Where a request is answered.
+
+    Attributes:
+        address: of the engine.
+        done: call it when the answer has ended.
+        slot: of the engine; None: it shall choose.
+    """
 
     address: str
     done: Callable[[], None]
+    slot: int | None = None
 
 
 class LocalEngines(Protocol):
@@ -293,8 +244,12 @@ class LocalEngines(Protocol):
         """The key that the engine at an address demands; empty for none."""
         ...
 
-    def place(self, address: str, body: bytes) -> Place:
-        """The engine that gets a request for the launch at an address: of several over one split model, the best."""
+    def place(self, address: str, path: str, body: bytes) -> Place:
+        """Where a request for the launch at an address is answered: by which engine of several, in which slot."""
+        ...
+
+    def slots(self, address: str) -> Sequence[EngineSlots]:
+        """The engines of the launch at an address, if several serve it as one; else none."""
         ...
 
 
@@ -307,8 +262,11 @@ class _NoEngines:
     def key_of(self, address: str) -> str:  # noqa: ARG002 - there is none
         return ""
 
-    def place(self, address: str, body: bytes) -> Place:  # noqa: ARG002 - there is none
+    def place(self, address: str, path: str, body: bytes) -> Place:  # noqa: ARG002 - there is none
         return Place(address, _nothing)
+
+    def slots(self, address: str) -> Sequence[EngineSlots]:  # noqa: ARG002 - there is none
+        return ()
 
 
 def _nothing() -> None:
@@ -335,8 +293,10 @@ class _NoCaches:
         self,
         model: str,  # noqa: ARG002 - no caches
         term: int,  # noqa: ARG002
+        engine: str,  # noqa: ARG002
         prompt: Sequence[Mark],  # noqa: ARG002
         elsewhere: PromptElsewhere | None = None,  # noqa: ARG002
+        slot: int | None = None,  # noqa: ARG002
     ) -> PromptEnded:
         return _nothing
 
@@ -376,32 +336,45 @@ class Upstream:
         request: UpstreamRequest,
         model: ModelName | None = None,
         recording: Recording | None = None,
+        place: Place | None = None,
     ) -> UpstreamResponse:
         """Send a request, and wait for the head and the first piece of its answer.
 
-        `model`: the answer is awaited only while the mesh has not lost the target. `recording`: of a request with a
-        prompt that gets a receipt.
+        Args:
+            target: where to.
+            request: what.
+            model: the answer is awaited only while the mesh has not lost the target.
+            recording: of a request with a prompt that gets a receipt.
+            place: of a target here, which was prepared for the request; None: any.
 
         Raises:
             TargetLostError: no connection, or none that gave so much of an answer.
         """
         try:
-            return await self._send_recorded(target, request, model, recording)
+            return await self._send_recorded(target, request, model, recording, place)
         except TargetLostError as error:
             if not isinstance(error.__cause__, TransportSilentError):
                 raise
         # The node answers on another transport, and has dropped the request that it did not hear of there. For a
         # receipt these are two steps: it may have seen the first.
-        return await self._send_recorded(target, request, model, recording)
+        return await self._send_recorded(target, request, model, recording, place)
 
     async def _send_recorded(
-        self, target: Target, request: UpstreamRequest, model: ModelName | None, recording: Recording | None
+        self,
+        target: Target,
+        request: UpstreamRequest,
+        model: ModelName | None,
+        recording: Recording | None,
+        place: Place | None,
     ) -> UpstreamResponse:
         if recording is None or model is None:
-            return await self._send(target, request, model)
+            return await self._send(target, request, model, place)
         step = recording.begin(target, model, request.method, request.target, request.body)
+        if recording.begins is not None:
+            await recording.begins()
+        asked = replace(request, headers=with_part(request.headers, step))
         try:
-            response = await self._send(target, replace(request, headers=with_part(request.headers, step)), model)
+            response = await self._send(target, asked, model, place, step.hinted)
         except TargetLostError as error:
             if not error.sent:
                 recording.unsent(step)
@@ -410,15 +383,27 @@ class Upstream:
         response.tap = step.answer.take
         return response
 
-    async def _send(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
+    async def _send(
+        self,
+        target: Target,
+        request: UpstreamRequest,
+        model: ModelName | None,
+        place: Place | None,
+        hinted: Callable[[Headers], None] | None = None,
+    ) -> UpstreamResponse:
         if target.local:
+            engines = self.engines.slots(target.address)
+            if engines and is_gathered(request.path):
+                return await self._gather(engines, target, request, model)
+            if place is not None:
+                return await self._send_to_engine(place, target, request, model)
             return await self._send_local(target, request, model)
         try:
             async with asyncio.timeout(self._config.connect_seconds):
                 stream = await self.open_stream(target)
         except (OSError, MeshError) as error:
             raise TargetLostError(f"cannot reach the node: {_reason(error)}", sent=False) from error
-        return await self._exchange(self._watchdog.watch(stream, target, model), PEER_HOST, request, None)
+        return await self._exchange(self._watchdog.watch(stream, target, model), PEER_HOST, request, None, hinted)
 
     def body_for(self, model: ModelName, path: str, body: bytes) -> bytes:
         """A request's body as an engine here gets it."""
@@ -431,9 +416,9 @@ class Upstream:
 
     async def _send_local(self, target: Target, request: UpstreamRequest, model: ModelName | None) -> UpstreamResponse:
         """The engine may be one of several."""
-        place = self.engines.place(target.address, request.body)
+        place = self.engines.place(target.address, request.path, request.body)
         try:
-            response = await self._send_to_engine(place.address, target, request, model)
+            response = await self._send_to_engine(place, target, request, model)
         except BaseException:
             place.done()
             raise
@@ -441,16 +426,67 @@ class Upstream:
         return response
 
     async def _send_to_engine(
-        self, address: str, target: Target, request: UpstreamRequest, model: ModelName | None
+        self, place: Place, target: Target, request: UpstreamRequest, model: ModelName | None
     ) -> UpstreamResponse:
-        """An idle connection that turns out to be closed is replaced by another."""
-        sent = False
+        """Slots are numbered over all engines of a launch here, and by each engine from 0 there."""
+        address = place.address
+        mine = next((one for one in self.engines.slots(target.address) if one.address == address), None)
         headers, body = request.headers, request.body
         if key := self.engines.key_of(address):
             headers = (*headers, (b"authorization", f"Bearer {key}".encode()))
         if body and model is not None:
-            body = self.body_for(model, request.target.partition("?")[0], body)
-        request = UpstreamRequest(request.method, request.target, headers, body)
+            body = self.body_for(model, request.path, body)
+            if place.slot is not None:
+                body = with_slot(body, place.slot)
+            elif mine is not None and (slot := asked_slot(body)) is not None:
+                body = asking_for(body, slot - mine.first if mine.has(slot) else ANY_SLOT)
+        asked = UpstreamRequest(request.method, request.target, headers, body)
+        response = await self._over_any_connection(address, target, asked, model)
+        if mine is not None and mine.first and names_slots(request.path):
+            response.renumber(mine.first)
+        return response
+
+    async def _gather(
+        self, engines: Sequence[EngineSlots], target: Target, request: UpstreamRequest, model: ModelName | None
+    ) -> UpstreamResponse:
+        """One answer of all engines of a launch; of one that is lost meanwhile, nothing."""
+        asked = replace(request, target=asked_of_each(request.target))
+        answers: list[tuple[EngineSlots, bytes]] = []
+        last: UpstreamResponse | None = None
+        lost: TargetLostError | None = None
+        try:
+            for engine in engines:
+                try:
+                    response = await self._send_to_engine(Place(engine.address, _nothing), target, asked, model)
+                    last, before = response, last
+                    if before is not None:
+                        before.close()
+                    body = await response.read_all()
+                except TargetLostError as error:
+                    lost = error
+                    continue
+                if response.head.status != 200:
+                    response.replace(response.head.status, body)
+                    return response
+                answers.append((engine, body))
+            if last is None or not answers:
+                raise lost or TargetLostError("it has no engine now", sent=False)
+            last.replace(*gathered(request.target, answers))
+        except msgspec.MsgspecError as error:
+            if last is not None:
+                last.close()
+            raise MeshError("engine_answer", "An engine gave no list of its slots.", status=502) from error
+        except BaseException:
+            if last is not None:
+                last.close()
+            raise
+        return last
+
+    async def _over_any_connection(
+        self, address: str, target: Target, request: UpstreamRequest, model: ModelName | None
+    ) -> UpstreamResponse:
+        """An idle connection that turns out to be closed is replaced by another."""
+        sent = False
         self._waiting[address] = self._waiting.get(address, 0) + 1
         try:
             while (stream := self._pool.take(address)) is not None:
@@ -488,9 +524,14 @@ class Upstream:
         return keep
 
     async def _exchange(
-        self, watched: WatchedStream, host: str, request: UpstreamRequest, keep: Keep | None
+        self,
+        watched: WatchedStream,
+        host: str,
+        request: UpstreamRequest,
+        keep: Keep | None,
+        hinted: Callable[[Headers], None] | None = None,
     ) -> UpstreamResponse:
-        parser = ResponseParser(self._limits)
+        parser = ResponseParser(self._limits, hinted)
         stream = watched.stream
         watched.waiting = True
         seconds = first_byte_seconds(self._config, len(request.body))
@@ -551,5 +592,5 @@ async def _first_piece(stream: ByteStream, parser: ResponseParser) -> tuple[Resp
 
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError) and not error.args:
-        return _TOO_LONG
+        return TOO_LONG
     return str(error) or type(error).__name__

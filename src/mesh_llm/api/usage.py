@@ -4,7 +4,6 @@ Keys have names: `--api-key laptop:SECRET`. Several keys may share a name, and k
 survive a restart in a file that names no key's secret. The day of a limit is that of UTC.
 """
 
-import asyncio
 import datetime
 import hashlib
 import hmac
@@ -12,21 +11,33 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
-import structlog
 
 from mesh_llm.api.telemetry import CLIENT_GONE, Metrics
 from mesh_llm.api.types import KeyLimit, KeyUsage, split_key
 from mesh_llm.core.types.errors import MeshError, duration
-from mesh_llm.runtime.home import write_atomic
+from mesh_llm.runtime.state_file import StateFile, read_state
 
-_SAVE_SECONDS = 10.0
 _MAX_NAMES = 256
 _MAX_FILE = 256 * 1024
+_ABOUT = "what API keys have used"
 _DAY = 86400
 _RETRY_CONCURRENT = 2.0
-_log = structlog.get_logger(__name__)
+
+
+class UtcDay(NamedTuple):
+    """A day of UTC, by which tokens are counted. `number`: days since 1970; `left`: seconds until the next begins."""
+
+    number: int
+    left: float
+
+
+def utc_day(seconds: float) -> UtcDay:
+    """The day at a time in UNIX seconds. A clock that is set before 1970 counts as the first."""
+    number, passed = divmod(max(0.0, seconds), _DAY)
+    return UtcDay(int(number), _DAY - passed)
 
 
 class KeyRing:
@@ -98,6 +109,9 @@ class UsageBook:
     """Counts requests and tokens of each key's name, and refuses what is above a limit.
 
     A request that is let in may end, also where it passes the limit of tokens.
+
+    Attributes:
+        file: keeps the counts.
     """
 
     def __init__(
@@ -109,12 +123,12 @@ class UsageBook:
     ) -> None:
         """`file`: where the counts are kept; None: in memory only. `wall_clock`: UNIX seconds."""
         self._metrics = metrics
-        self._file = file
+        self.file = StateFile(file, _ABOUT, self._to_save)
         self._limits: Mapping[str, KeyLimit] = limits or {}
         self._wall_clock = wall_clock
         self._running: dict[str, int] = {}
-        self._changed = asyncio.Event()
-        self._counts = _read(file)
+        saved, _ = read_state(file, _File, _MAX_FILE, _ABOUT)
+        self._counts = dict(list(saved.keys.items())[:_MAX_NAMES]) if saved is not None else {}
         for name, counts in self._counts.items():
             metrics.key_used(name, "before", counts.requests, counts.prompt, counts.generated)
 
@@ -162,28 +176,14 @@ class UsageBook:
         self._of_today(counts)
         counts.today += prompt + generated
         self._metrics.key_used(name, f"{status // 100}xx" if status != CLIENT_GONE else "499", 1, prompt, generated)
-        self._changed.set()
+        self.file.changed()
 
     def usage(self) -> tuple[KeyUsage, ...]:
         """What each name has used, with its limits, by name."""
         return tuple(self._usage(name) for name in sorted({*self._counts, *self._limits}))
 
-    async def keep(self) -> None:
-        """Save the counts when they have changed, at most every few seconds; until cancelled."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            await asyncio.to_thread(self.save)
-            await asyncio.sleep(_SAVE_SECONDS)
-
-    def save(self) -> None:
-        """Write the counts. Where that fails they stay in memory, and are written after the next request."""
-        if self._file is None or not self._counts:
-            return
-        try:
-            write_atomic(self._file, msgspec.json.encode(_File(self._counts)))
-        except OSError as error:
-            _log.warning("the usage of API keys is not saved", reason=str(error))
+    def _to_save(self) -> _File | None:
+        return _File(self._counts) if self._counts else None
 
     def _usage(self, name: str) -> KeyUsage:
         counts, limit = self._counts.get(name, _Counts()), self._limits.get(name, KeyLimit())
@@ -201,7 +201,7 @@ class UsageBook:
         )
 
     def _of_today(self, counts: _Counts) -> None:
-        day = int(self._wall_clock()) // _DAY
+        day = utc_day(self._wall_clock()).number
         if counts.day != day:
             counts.day, counts.today = day, 0
 
@@ -212,8 +212,9 @@ class UsageBook:
         counts = self._counts.get(name, _Counts())
         self._of_today(counts)
         if limit.tokens_per_day and counts.today >= limit.tokens_per_day:
-            left = _DAY - self._wall_clock() % _DAY
-            day = datetime.datetime.fromtimestamp(self._wall_clock() + left, datetime.UTC).date()
+            now = self._wall_clock()
+            left = utc_day(now).left
+            day = datetime.datetime.fromtimestamp(now + left, datetime.UTC).date()
             raise MeshError(
                 code="key_tokens_per_day",
                 message=f"The API key `{name}` has used its {limit.tokens_per_day} tokens of today "
@@ -231,21 +232,3 @@ class UsageBook:
                 status=429,
                 retry_after=_RETRY_CONCURRENT,
             )
-
-
-def _read(file: Path | None) -> dict[str, _Counts]:
-    """The counts that were saved; none if they cannot be read."""
-    if file is None:
-        return {}
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(_MAX_FILE + 1)
-        if len(data) <= _MAX_FILE:
-            return dict(list(msgspec.json.decode(data, type=_File).keys.items())[:_MAX_NAMES])
-        reason = "it is too large"
-    except FileNotFoundError:
-        return {}
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        reason = str(error)
-    _log.warning("the saved usage of API keys is not used", file=str(file), reason=reason)
-    return {}

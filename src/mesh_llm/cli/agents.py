@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from mesh_llm.cli.client import DaemonClient, node_home, node_option
-from mesh_llm.console.schema import Status, StatusModel
+from mesh_llm.console.status import Status, StatusModel
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName

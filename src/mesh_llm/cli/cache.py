@@ -6,7 +6,7 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import print_json
-from mesh_llm.console.schema import Status, StatusPromptCaches
+from mesh_llm.console.status import Status, StatusPromptCaches
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.prompt_cache import DIRECTORY
 from mesh_llm.engine.prompt_cache.store import Usage, clear_directory, directory_usage

@@ -14,7 +14,7 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient, events, node_home, node_option
 from mesh_llm.cli.options import Number
 from mesh_llm.cli.output import print_error, printable, styled
-from mesh_llm.console.schema import Status
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError
 
 PATH = "/v1/chat/completions"

@@ -14,7 +14,8 @@ from mesh_llm.cli.fetching import follow_to_end, interruptible, shown
 from mesh_llm.cli.models import scan_disk
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import print_json, printable, table
-from mesh_llm.console.schema import DownloadRecord, Status
+from mesh_llm.console.schema import DownloadRecord
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.models.hub.catalog import CatalogEntry, CatalogRow, catalog, entry_of, find_entry
 from mesh_llm.models.library.files import siblings

@@ -10,7 +10,7 @@ import click
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import EXIT_FAILED, EXIT_INTERRUPTED, animated, print_json, printable, sign, styled
-from mesh_llm.console.schema import Status
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.daemon.doctor import Finding, Verdict, check_peers, examine, nodes_here
 from mesh_llm.engine.accelerators import installation as accelerators
@@ -20,7 +20,7 @@ from mesh_llm.engine.accelerators.installation import AUTO, CHOICES, NONE
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.sources.choice import EngineReport, EnginesReport, engines_report, find_sources
 from mesh_llm.engine.sources.embedded import plugin, slot_library
-from mesh_llm.engine.sources.embedded.backends import KINDS
+from mesh_llm.engine.sources.embedded.loading import KINDS
 from mesh_llm.engine.spec import EngineInfo
 from mesh_llm.models.library.library import builtin_path
 from mesh_llm.runtime.home import Home
@@ -31,13 +31,16 @@ _TOLD_PERCENT = 10
 _MARKS = {Verdict.OK: ("ok", "32"), Verdict.WARNING: ("warn", "33"), Verdict.PROBLEM: ("FAIL", "31")}
 
 
-@click.command()
-@click.option(
+_bin_dir = click.option(
     "--bin-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Also check the llama.cpp binaries in this directory.",
 )
+
+
+@click.command()
+@_bin_dir
 @json_option
 def doctor(bin_dir: Path | None, *, as_json: bool) -> None:
     """Check engine, devices, ports, disk and network. The exit code is 1 if a problem keeps a node from serving."""
@@ -101,12 +104,7 @@ def engine() -> None:
 
 
 @engine.command("list")
-@click.option(
-    "--bin-dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Also check the llama.cpp binaries in this directory.",
-)
+@_bin_dir
 @json_option
 def list_engines(bin_dir: Path | None, *, as_json: bool) -> None:
     """List engines with their versions, builds, RPC protocol and devices."""

@@ -10,7 +10,8 @@ import msgspec
 from mesh_llm.cli.client import DaemonClient, node_home, node_option
 from mesh_llm.cli.options import Duration, json_option, scope_type
 from mesh_llm.cli.output import print_json, printable, table
-from mesh_llm.console.schema import Approved, MemberRevoked, MemberScope, Status, Waiting
+from mesh_llm.console.schema import Approved, MemberRevoked, MemberScope, Waiting
+from mesh_llm.console.status import Status
 from mesh_llm.core.membership.names import AmbiguousNode, UnknownNode, resolve_node
 from mesh_llm.core.types.errors import MeshError, duration
 from mesh_llm.core.types.ids import NodeId
@@ -91,7 +92,7 @@ def invite_lines(token: str, scope: str, own_scope: str) -> list[str]:
     ]
     if scope == "split":
         lines += ["To give less: mesh-llm invite create --scope serve, or client."]
-        return [*lines, "To print less at the start: --invite-scope serve, or client."]
+        return [*lines, "To have the printed token give less: start the node with --invite-scope serve, or client."]
     if scope == own_scope:
         return [*lines, f"This node was admitted with scope {own_scope} itself, and can give no more."]
     return [*lines, "To give more: mesh-llm invite create --scope split"]

@@ -3,6 +3,7 @@
 A verb's module is imported only when the verb is called, so that `--help` answers at once.
 """
 
+import difflib
 import importlib
 import sys
 from typing import Any
@@ -35,6 +36,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "rotate-key": ("mesh_llm.cli.discover", "rotate_key", "Replace the Nostr key of this node's listings."),
     "owner": ("mesh_llm.cli.owner", "owner", "Say which nodes are yours, to keep prompts to them."),
     "receipt": ("mesh_llm.cli.receipt", "receipt", "Show and verify receipts: who saw a prompt, and what answered."),
+    "trust": ("mesh_llm.cli.trust", "trust", "Show which hosts were checked, and forget what was found."),
     "cache": ("mesh_llm.cli.cache", "cache", "Show or delete the saved prompt caches."),
     "logs": ("mesh_llm.cli.logs", "logs", "Show the logs of the node and its engines."),
     "doctor": ("mesh_llm.cli.engine", "doctor", "Check engine, devices, ports, disk and network."),
@@ -63,6 +65,17 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command), cmd_name  # noqa: S101 - a wrong table is a bug of ours
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; an unknown word gets the verbs that are spelled like it, or may be a model's name."""
+        word = args[0]
+        if word not in VERBS and not word.startswith("-"):
+            close = difflib.get_close_matches(word, VERBS, 2)
+            meant = f"Did you mean {' or '.join(close)}?" if close else f"If it is a model: mesh-llm --model {word}"
+            ctx.fail(f"No such command '{word}'. {meant}")
+        return super().resolve_command(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs, then the options of serving by section."""

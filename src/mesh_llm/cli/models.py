@@ -13,7 +13,7 @@ from mesh_llm.cli.configuration import shown as shown_value
 from mesh_llm.cli.fetching import interruptible, shown
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import EXIT_FAILED, print_json, printable, table
-from mesh_llm.console.schema import Status
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.core.types.model_settings import NO_SETTINGS, ModelSettings, settings_of
 from mesh_llm.daemon.model_tables import merge_tables

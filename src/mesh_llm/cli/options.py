@@ -137,10 +137,11 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--model", "models", multiple=True, metavar="PATH|NAME|hf:...",
                 help="Model to serve: a GGUF file, a name on this machine or in the catalogue, hf:OWNER/REPO, a URL, "
                 "or tiny. Repeatable."),
-        _option("--on-demand", type=click.Choice(["off", "own", "members", "clients"]), default="members",
+        _option("--on-demand", type=click.Choice(["off", "own", "members", "clients", "strangers"]), default="members",
                 show_default=True,
-                help="For whom this node loads models that are on disk and are asked for: its own clients only, other "
-                "members of the mesh too, or passive clients too. Never for strangers that came by a public listing."),
+                help="Load a model that is on disk when a request asks for it: requests of this node's own clients "
+                "only, of other members of the mesh too, of passive clients too, or even of strangers that came by a "
+                "public listing. With strangers, a node on standby also heeds what these want and serve."),
         _option("--load-wait", type=Seconds(0, 86_400), default=600.0, show_default=True, metavar="SECONDS",
                 help="How long a request waits for its model to be loaded; 0: not at all."),
         _option("--fetch-on-demand", is_flag=True,
@@ -160,6 +161,8 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
         _option("--no-fetch", is_flag=True,
                 help="Never fetch a model because the mesh needs it, nor layers of a split model."),
         _option("--no-seed", is_flag=True, help="Never send model files to other nodes."),
+        _option("--seed-strangers", is_flag=True,
+                help="Send model files also to nodes that came by a public listing."),
         _option("--seed-limit", type=_POSITIVE, metavar="MB",
                 help="Send at most this many megabytes a second to other nodes.  [default: no limit]"),
         _option("--ctx-size", type=click.IntRange(min=1), metavar="N", help="Context of each slot, in tokens."),
@@ -203,7 +206,14 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 help="Find meshes on Nostr and join the best. With --model: start a mesh if none is found."),
         _option("--publish", is_flag=True, help="List this mesh on Nostr, for anybody to find and join."),
         _option("--publish-scope", type=scope_type,
-                help="What nodes that find the listing may do.  [default: serve]"),
+                help="What nodes that find the listing may do: client sends requests only; with serve they may also "
+                "be given, and read, prompts of this mesh.  [default: client]"),
+        _option("--stranger-limit", "stranger_limits", metavar="LIMITS",
+                default="concurrent=2,tokens_per_day=500000,all_concurrent=8,all_tokens_per_day=5000000",
+                show_default=True,
+                help="What nodes that came by a public listing may use of this node: requests at once and tokens a day "
+                "(from midnight UTC) of one node or address, and of all of them together. Those not named keep their "
+                "default; off lifts one, or all."),
         _option("--max-clients", type=click.IntRange(1, 1_000_000), metavar="N",
                 help="Stop listing the mesh when it has this many clients.  [default: no limit]"),
         _option("--merge", "merge", multiple=True, is_flag=False, flag_value=MERGE_HELD, metavar="[KEY]",
@@ -284,6 +294,12 @@ SECTIONS: dict[str, tuple[click.Option, ...]] = {
                 "may only be stricter, by the header x-mesh-llm-privacy."),
         _option("--group", "group", multiple=True, metavar="KEY",
                 help="Owner key of somebody whose nodes may see prompts with --privacy group. Repeatable."),
+        _option("--canaries", type=click.Choice(["on", "off"]), default="on", show_default=True,
+                help="Now and then ask a host that clients of this node use for a short answer, compare it with that "
+                "of another copy of the same file (here, on a machine of your own or of --group, or recorded), and "
+                "avoid a host that answers with another model. See: mesh-llm trust list."),
+        _option("--canary-share", type=Number(0.001, 100), default=1.0, show_default=True, metavar="PERCENT",
+                help="Of the work that clients of this node give a host, so much may canaries add."),
         _option("--receipts", is_flag=True,
                 help="Make a signed receipt for each answer: which nodes saw the prompt, and which model answered. "
                 "Without it, only for requests with the header x-mesh-llm-receipt: on."),

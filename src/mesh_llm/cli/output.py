@@ -32,6 +32,8 @@ EXIT_INTERRUPTED = 130
 _CODES = {"not_running": EXIT_NOT_RUNNING, "no_mesh_found": EXIT_NOTHING_FOUND, "no_relay": EXIT_NO_RELAY}
 
 _SYSTEM_HINTS = {
+    errno.ENOENT: "Check its name, and where you are: pwd",
+    errno.EISDIR: "Name a file in that directory.",
     errno.EACCES: "Give this user the right to it, or name another file or directory.",
     errno.EPERM: "Give this user the right to it, or name another file or directory.",
     errno.ENOSPC: "Make room on that disk.",

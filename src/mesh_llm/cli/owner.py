@@ -8,15 +8,17 @@ import click
 from mesh_llm.cli.client import DaemonClient
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import print_json, printable
-from mesh_llm.console.schema import Status
+from mesh_llm.console.status import Status
 from mesh_llm.core.membership.names import AmbiguousNode, UnknownNode, resolve_node
 from mesh_llm.core.types.errors import MeshError, duration
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.nodes import running_nodes
 from mesh_llm.wire.codec import fingerprint
 
 _NODE = re.compile(r"[0-9a-f]{64}")
-_RESTART = "The node announces it from its next start on."
+_LATER = "It is announced from the start of the node on."
+_NOW = "That is announced in the mesh now."
 
 
 @click.group()
@@ -27,6 +29,7 @@ def owner() -> None:
       mesh-llm owner create           on one machine of yours: make your key
       mesh-llm owner add              there: its node is yours
       mesh-llm owner add NODE         there: for another machine; prints what to type on it
+      mesh-llm owner remove           the node of this home is nobody's any more
       mesh-llm owner show             whose node this is, and your key for the --group of others
     """
 
@@ -40,10 +43,12 @@ def create(*, as_json: bool) -> None:
     home = Home.default()
     made = create_owner(home)
     if as_json:
+        _reread(home)
         print_json({"owner": made, "file": str(home.owner_key)}, one_line=True)
         return
     click.echo(f"Your owner key is {made}.")
     click.echo(f"Its secret is in {home.owner_key}: who has that file can say that nodes are yours. Keep a copy.")
+    _reread(home)
     click.echo("Next: mesh-llm owner add")
 
 
@@ -63,10 +68,13 @@ def add(node: str | None, *, days: int, as_json: bool) -> None:
     text = sign_for(key, wanted, days)
     if wanted == here:
         accept(home, text)
+        announced = _reread(home)
+    else:
+        announced = False
     if as_json:
         print_json({"node": wanted, "statement": text, "here": wanted == here}, one_line=True)
     elif wanted == here:
-        click.echo(f"This node ({here[:10]}) is yours. {_RESTART}")
+        click.echo(f"This node ({here[:10]}) is yours. {_NOW if announced else _LATER}")
     else:
         click.echo(f"Compare the key of that node, which mesh-llm status shows there: {fingerprint(wanted)}")
         click.echo("On its machine, type:")
@@ -80,11 +88,31 @@ def accept_statement(statement: str, *, as_json: bool) -> None:
     """Keep the STATEMENT of an owner that the node of this home is theirs."""
     from mesh_llm.daemon.ownership import accept
 
-    owned = accept(Home.default(), statement)
+    home = Home.default()
+    owned = accept(home, statement)
+    announced = _reread(home)
     if as_json:
         print_json({"node": owned.node, "owner": owned.ownership.owner}, one_line=True)
         return
-    click.echo(f"This node belongs to owner {owned.ownership.owner}. {_RESTART}")
+    click.echo(f"This node belongs to owner {owned.ownership.owner}. {_NOW if announced else _LATER}")
+
+
+@owner.command()
+@json_option
+def remove(*, as_json: bool) -> None:
+    """Take back on this machine that its node is somebody's. A lost machine: mesh-llm invite revoke NODE."""
+    from mesh_llm.daemon.ownership import take_back
+
+    home = Home.default()
+    found = take_back(home)
+    announced = _reread(home)
+    if as_json:
+        print_json({"removed": found}, one_line=True)
+        return
+    text = "The node of this home is nobody's now." if found else "Nobody said that the node of this home is theirs."
+    click.echo(f"{text} {_NOW}" if found and announced else text)
+    if found and home.owner_key.exists():
+        click.echo("Your owner key stays: what this node sends with --privacy own still goes to your other nodes.")
 
 
 @owner.command()
@@ -116,6 +144,14 @@ def show(*, as_json: bool) -> None:
         click.echo("There is no owner key here. Make one: mesh-llm owner create")
     else:
         click.echo(f"Your owner key, for the --group of people who trust you: {key.public.hex()}")
+
+
+def _reread(home: Home) -> bool:
+    """Let the nodes that run with this home announce what it says now about their owner; False: none runs."""
+    nodes = running_nodes(home)
+    for node in nodes:
+        DaemonClient(node.home).send("POST", "/api/owner/reload", {})
+    return bool(nodes)
 
 
 def _find(home: Home, node: str) -> NodeId:

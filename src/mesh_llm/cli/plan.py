@@ -18,6 +18,9 @@ from mesh_llm.runtime.home import Home
 _SECONDS = 180.0
 """To measure a new machine takes a second or two, and each link some round trips."""
 
+_NOTICED = 0.9
+"""A smaller difference of two speeds is none that a user notices."""
+
 _BASES = {
     "model": "from runs of this model there",
     "machine": "from runs of other models there",
@@ -113,19 +116,27 @@ def render(answer: PlanAnswer) -> str:
     if answer.runs != "no":
         lines.append(f"  context    {answer.context} tokens for each of {answer.slots} at once")
         lines += _memory(answer)
-        lines.append(f"  speed      {_speed(answer.predicted_tps)}, one request at a time{_basis(answer.basis)}")
+        lines.append(
+            f"  speed      {_speed(answer.predicted_tps)}, one request at a time{_basis(answer.basis)}{_full(answer)}"
+        )
         lines += _prompt(answer)
     if answer.split is not None:
         split = answer.split
         title = "It would be divided so" if answer.runs == "split" else "Divided (--split), it would be so"
         ring = f", of which the network takes {split.ring_ms:.1f} ms a token" if split.ring_ms is not None else ""
-        prompt = "" if split.prompt_tps is None else f", prompts {_speed(split.prompt_tps)}"
+        length = f"{answer.prompt_tokens:,} tokens"
+        prompt = "" if split.prompt_tps is None else f", a prompt of {length} {_speed(split.prompt_tps)}"
         lines += ["", f"{title}: {_speed(split.predicted_tps)}{ring}{prompt}{_basis(split.basis)}."]
         rows = [
             (node.name, "host" if place == 0 else f"worker {place}", str(node.layers), size(node.memory_bytes))
             for place, node in enumerate(split.nodes)
         ]
         lines += table(("NODE", "PART", "LAYERS", "MEMORY"), rows, "")
+        together = f": {_speed(split.together_tps)} together" if split.together_tps is not None else ""
+        engines = "one engine has" if split.groups == 1 else f"{split.groups} engines share"
+        slots = "the one slot" if split.slots == 1 else f"all {split.slots} slots"
+        why = f" ({split.groups_why})" if split.groups_why else ""
+        lines.append(f"On the host {engines} {slots}{why}{together}.")
         if split.wire != "f32":
             lines.append(f"Activations travel as {split.wire} (--wire): answers may differ from those with f32.")
         if split.micro_batch:
@@ -159,12 +170,21 @@ def _memory(answer: PlanAnswer) -> list[str]:
     ]
 
 
+def _full(answer: PlanAnswer) -> str:
+    """How fast tokens are where the context is nearly full, if a user notices the difference."""
+    first, last = answer.predicted_tps, answer.full_tps
+    if first is None or last is None or last > _NOTICED * first:
+        return ""
+    return f"; {_speed(last)} at the end of {answer.context:,} tokens"
+
+
 def _prompt(answer: PlanAnswer) -> list[str]:
-    """How fast a prompt is read, where that is known."""
-    if answer.prompt_tps is None or answer.first_token_s is None:
-        return []
-    count, seconds = answer.prompt_tokens, answer.first_token_s
-    return [f"  prompts    {_speed(answer.prompt_tps)}: the first token {seconds:.1f} s after one of {count:,} tokens"]
+    """How fast prompts of different lengths are read, where that is known."""
+    return [
+        f"  {'prompts' if place == 0 else '':<10} {_speed(one.tokens_per_second)}: the first token"
+        f" {one.first_token_s:.1f} s after one of {one.tokens:,} tokens"
+        for place, one in enumerate(answer.prompts)
+    ]
 
 
 def _speed(tokens_per_second: float | None) -> str:

@@ -11,10 +11,10 @@ import click
 from mesh_llm.api.receipts import COMMENT, shown
 from mesh_llm.cli.options import json_option
 from mesh_llm.cli.output import EXIT_FAILED, print_json, printable, table
-from mesh_llm.core.trust.receipts import LIMITS, Checked, Mark, Seen, answered_by, examine, holds, who_saw
+from mesh_llm.core.trust.receipts import LIMITS, Checked, Mark, Seen, answered_by, begun_by, examine, holds, who_saw
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.receipt import Statement
+from mesh_llm.core.types.receipt import FirstPart, Statement
 from mesh_llm.wire.codec import Malformed, fingerprint
 
 _MOST = 64 << 20
@@ -104,21 +104,29 @@ def _read(file: Path) -> tuple[str, Checked]:
         what = "no receipt" if not found else "several receipts"
         raise MeshError(
             "no_receipt",
-            f"There is {what} in {file}.",
+            f"There is {what} in {_shown_file(file)}.",
             "Give the text that begins with receipt1., the JSON of GET /v1/receipts/ID, or a saved stream.",
         )
     text = found.pop().decode()
     checked = read_receipt(text, verify_signature)
     if isinstance(checked, Malformed):
-        raise MeshError("bad_receipt", f"The receipt in {file} cannot be read: {checked.reason}.", "Get it once more.")
+        raise MeshError(
+            "bad_receipt", f"The receipt in {_shown_file(file)} cannot be read: {checked.reason}.", "Get it once more."
+        )
     return text, checked
+
+
+def _shown_file(file: Path) -> str:
+    return "standard input" if str(file) == "-" else str(file)
 
 
 def _content(file: Path) -> bytes:
     with click.open_file(str(file), "rb") as opened:
         data = opened.read(_MOST + 1)
     if len(data) > _MOST:
-        raise MeshError("too_large", f"{file} is larger than {_MOST >> 20} MiB.", "Give the receipt alone.")
+        raise MeshError(
+            "too_large", f"{_shown_file(file)} is larger than {_MOST >> 20} MiB.", "Give the receipt alone."
+        )
     return data
 
 
@@ -129,7 +137,7 @@ def _without_receipt(answer: bytes) -> bytes:
 
 
 def _lines(checked: Checked) -> list[str]:
-    made, host = checked.receipt, answered_by(checked)
+    made, host = checked.receipt, answered_by(checked) or begun_by(checked)
     asked = datetime.fromtimestamp(made.began / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     lines = [
         f"Receipt {made.id.hex()}",
@@ -142,17 +150,26 @@ def _lines(checked: Checked) -> list[str]:
     return [*lines, *table(("NODE", "KEY", "PART", "SIGNED"), [_row(one) for one in who_saw(checked)], "nobody")]
 
 
-def _model_lines(host: Statement) -> list[str]:
+def _model_lines(host: Statement | FirstPart) -> list[str]:
     kind = f" ({host.quantisation})" if host.quantisation else ""
     content = f"sha256 {host.content.hex()}" if host.content else "not digested yet"
     wire = f", between nodes {host.wire_type}" if host.wire_type else ""
+    tokens = "the host did not sign how its answer ended"
+    if isinstance(host, Statement):
+        tokens = f"{host.prompt_tokens} of the prompt ({host.cached_tokens} cached), {host.tokens} of the answer"
     return [
         f"  model      {host.model}{kind}",
         f"  file       {content}, fingerprint {host.fingerprint or 'unknown'}",
         f"  engine     {host.engine or 'unknown'}, context {host.context}, KV cache {host.cache_type}{wire}",
-        f"  tokens     {host.prompt_tokens} of the prompt ({host.cached_tokens} cached), {host.tokens} of the answer",
+        f"  tokens     {tokens}",
     ]
 
 
 def _row(one: Seen) -> tuple[str, str, str, str]:
-    return one.node[:10], fingerprint(one.node), _PARTS.get(one.part, one.part), "yes" if one.signed else "no"
+    return one.node[:10], fingerprint(one.node), _PARTS.get(one.part, one.part), _signed(one)
+
+
+def _signed(one: Seen) -> str:
+    if one.first_only:
+        return "that it took the prompt; not how its answer ended"
+    return "yes" if one.signed else "no"

@@ -3,7 +3,9 @@
 import os
 import shlex
 import sys
+import textwrap
 import time
+from functools import partial
 from typing import Any, NoReturn, Protocol, TextIO
 
 import click
@@ -14,7 +16,7 @@ from mesh_llm.cli.invite import invite_lines
 from mesh_llm.cli.options import ServeCommand, serve_options
 from mesh_llm.cli.output import animated, console, exit_code, go_on_without, print_error, printable, sign
 from mesh_llm.cli.settings import SECRET_VARIABLES
-from mesh_llm.console.schema import Status
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.effects import NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.published_state import InviteShown, NoticeShown, Progress, ProgressListener, Ready, Stage
@@ -305,10 +307,14 @@ def ask_to_publish(settings: Settings) -> Settings:
     policy, relays = settings.discovery.publicity, settings.discovery.urls
     if policy is None:
         return settings
-    from mesh_llm.discovery.nostr.consent import PublicationConsent, consent_text
+    from mesh_llm.discovery.nostr.consent import PublicationConsent, consent_text, scope_sentence
 
     consent = PublicationConsent(Home(settings.home))
+    # Options are not broken at their hyphens: people copy them.
+    wrap = partial(textwrap.fill, width=96, break_on_hyphens=False, break_long_words=False)
+    sentence = wrap(scope_sentence(policy, consent.widest(relays)))
     if consent.covers(policy, relays):
+        click.echo(sentence)
         return settings
     if not settings.yes and not sys.stdin.isatty():
         raise MeshError(
@@ -316,10 +322,11 @@ def ask_to_publish(settings: Settings) -> Settings:
             message="--publish makes this mesh public, and nobody has agreed to that here yet.",
             hint="Start it once on a terminal: it says what becomes public, and asks. Or agree with: --publish --yes",
         )
-    click.echo(click.wrap_text(printable(consent_text(policy, relays)), width=96))
+    click.echo(wrap(printable(consent_text(policy, relays))))
     if not settings.yes and not click.confirm("List this mesh?", default=False):
         click.echo("The mesh is not listed. Without --publish this is not asked.")
         return msgspec.structs.replace(settings, discovery=msgspec.structs.replace(settings.discovery, publicity=None))
+    click.echo(sentence)
     consent.give(policy, relays)
     return settings
 

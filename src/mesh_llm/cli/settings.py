@@ -15,12 +15,13 @@ from mesh_llm.cli.options import MERGE_HELD
 from mesh_llm.core.config import MINUTES_A_DAY, OnDemandPolicy, SplitOptions, YieldPolicy
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.trust.circle import MAX_OWNERS, Privacy
-from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_REGION, ListingPolicy
+from mesh_llm.core.trust.strangers import NO_LIMITS, StrangerLimits
+from mesh_llm.core.types.announcement import MAX_MESH_NAME, MAX_NAME, MAX_REGION, ListingPolicy
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import OwnerId
 from mesh_llm.core.types.model import MAX_SPLIT_NODES, LaunchOptions
 from mesh_llm.core.types.model_settings import AUTO, EngineOptions, takes_draft
-from mesh_llm.daemon.settings import LISTING_PERIOD, DiscoverySettings, Settings
+from mesh_llm.daemon.settings import LISTING_PERIOD, PUBLISH_SCOPE, DiscoverySettings, Settings
 from mesh_llm.discovery.nostr import parse_relay_urls
 from mesh_llm.runtime.home import Home, expand
 from mesh_llm.wire.http.http1 import (
@@ -43,6 +44,9 @@ _PERCENT = re.compile(r"^(\d{1,3}(?:\.\d+)?)\s*%$")
 _SIZE = re.compile(r"^(\d{1,6}(?:\.\d+)?)\s*(MB|GB|TB)?$", re.IGNORECASE)
 _UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12}
 _LIMIT = re.compile(r"(tokens_per_day|concurrent|privacy)\s*=\s*([1-9]\d{0,14}|own|group|any)")
+_STRANGER_LIMIT = re.compile(
+    r"(concurrent|tokens_per_day|all_concurrent|all_tokens_per_day)=([1-9][0-9]{0,14}|off)(?=,|$)"
+)
 _OWNER = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"[A-Za-z0-9._~/-]*")
 _MESH_KEY = re.compile(rf"[0-9a-f]{{{MESH_KEY_DIGITS},64}}")
@@ -77,7 +81,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         models=tuple(options["models"]),
         join=tokens,
         client=options["client"],
-        name=options["name"],
+        name=_read_name(options["name"]),
         api_port=options["api_port"],
         ollama_port=options["ollama_port"],
         console_port=options["console_port"],
@@ -89,6 +93,7 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         allow_origins=read_allowed_origins(options["allow_origins"]),
         api_keys=keys,
         key_limits=read_key_limits(options["key_limits"], keys),
+        stranger_limits=read_stranger_limits(options["stranger_limits"]),
         max_memory_bytes=None if options["max_vram"] is None else int(options["max_vram"] * 1e9),
         devices=tuple(options["devices"]),
         gpu=options["gpu"],
@@ -123,11 +128,14 @@ def to_settings(options: dict[str, Any], environment: Mapping[str, str] = os.env
         lan=options["lan"],
         fetch=not options["no_fetch"],
         seed=not options["no_seed"],
+        seed_strangers=options["seed_strangers"],
         seed_limit=None if options["seed_limit"] is None else options["seed_limit"] * 1e6,
         yes=options["yes"],
         default_model=options["default_model"].strip(),
         store=not options["no_store"],
         receipts=options["receipts"],
+        canaries=options["canaries"] == "on",
+        canary_share=options["canary_share"] / 100.0,
         privacy=Privacy(options["privacy"]),
         group=read_group(options["group"]),
         drain=options["drain"],
@@ -393,6 +401,26 @@ def read_origins(urls: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(checked))
 
 
+def read_stranger_limits(text: str) -> StrangerLimits:
+    """Parse `--stranger-limit`: `off`, or quotas as in `concurrent=2,tokens_per_day=off`; those not named stay.
+
+    Raises MeshError `options`.
+    """
+    words = text.replace(" ", "")
+    if words == "off":
+        return NO_LIMITS
+    found = _STRANGER_LIMIT.findall(words)
+    names = [name for name, _ in found]
+    if not found or ",".join(f"{name}={number}" for name, number in found) != words or len(set(names)) < len(names):
+        raise _refused(
+            f"--stranger-limit {text[:80]} is not understood.",
+            "Write it as concurrent=2,tokens_per_day=500000,all_concurrent=8,all_tokens_per_day=5000000; off in place "
+            "of a number lifts that quota, and --stranger-limit off all of them.",
+        )
+    values = {name: 0 if number == "off" else int(number) for name, number in found}
+    return msgspec.structs.replace(StrangerLimits(), **values)
+
+
 def read_hosts(names: Iterable[str]) -> tuple[str, ...]:
     """Check `--allow-host`: a name or address, with a port if only that one is meant. Raises MeshError `options`."""
     hosts = [name.strip().lower() for name in names]
@@ -421,12 +449,21 @@ def read_allowed_origins(origins: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def _read_name(name: str) -> str:
+    _check_one_line("--name", name, MAX_NAME)
+    return name
+
+
+def _check_one_line(option: str, text: str, most: int) -> None:
+    if len(text) > most or not text.isprintable():
+        raise _refused(f"{option} takes up to {most} printable characters.", "Give a shorter one, on one line.")
+
+
 def _read_discovery(options: dict[str, Any]) -> DiscoverySettings:
     """What the options about finding meshes, and being found, mean together. Raises MeshError(options, nostr_relay)."""
     name, region = options["mesh_name"].strip(), options["region"].strip()
     for option, text, most in (("--mesh-name", name, MAX_MESH_NAME), ("--region", region, MAX_REGION)):
-        if len(text) > most or not text.isprintable():
-            raise _refused(f"{option} takes up to {most} printable characters.", "Shorten it.")
+        _check_one_line(option, text, most)
     publish = options["publish"]
     if options["auto"] and options["tokens"]:
         raise _refused("--auto finds a mesh, and --join names one.", "Leave one of them out.")
@@ -445,7 +482,7 @@ def _read_discovery(options: dict[str, Any]) -> DiscoverySettings:
         name=name,
         region=region,
         max_clients=options["max_clients"] or 0,
-        scope=options["publish_scope"] or "serve",
+        scope=options["publish_scope"] or PUBLISH_SCOPE,
     )
     return DiscoverySettings(
         auto=options["auto"],

@@ -1,13 +1,15 @@
 """`mesh-llm status`: the running node and its mesh, as text or as JSON."""
 
+import time
 from collections.abc import Mapping
 
 import click
 
+from mesh_llm.api.types import StatusRequests
 from mesh_llm.cli.client import DaemonClient, neighbours, node_home, node_option
 from mesh_llm.cli.invite import invite_lines, waiting_table
 from mesh_llm.cli.output import print_json, printable, table
-from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker, StatusWaitingNode
+from mesh_llm.console.status import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker, StatusWaitingNode
 from mesh_llm.core.listing.content import MESH_KEY_DIGITS
 from mesh_llm.core.types.errors import duration, size
 from mesh_llm.engine.spec import PartState
@@ -39,6 +41,7 @@ def render(status: Status) -> str:
     lines = [
         f"{status.name}: {status.role}, {status.health}, up {duration(status.uptime_s)} (pid {status.pid})",
         f"  node     {status.node_id[:16]}  mesh {_mesh(status)}  scope {status.scope or '-'}",
+        *([f"  owner    {status.owner}"] if status.owner else []),
         *_listing(status),
         f"  API      {status.api_base}{'   needs an API key' if status.needs_key else ''}",
         *([f"  Ollama   {status.ollama_base}"] if status.ollama_base else []),
@@ -53,12 +56,11 @@ def render(status: Status) -> str:
             if status.memory_total_bytes
             else "  memory   none offered"
         ),
-        (
-            f"  requests {status.requests.in_flight} in flight, {status.requests.per_minute:.0f} a minute,"
-            f" {status.requests.tokens_per_second:.0f} tokens/s, first byte {status.requests.ttfb_ms_p50:.0f} ms"
-        ),
+        f"  requests {_requests(status.requests)}",
+        *_strangers(status),
         *_prompt_caches(status),
         *(f"  problem  {problem.text}" for problem in status.problems),
+        *(f"  checked  {one.text} {_when(one.at)}" for one in status.corrections),
         *(
             f"  plugin   {part.state}: {part.text}"
             for part in status.engine_parts
@@ -94,7 +96,7 @@ def render(status: Status) -> str:
             "",
             *table(
                 PEER_HEAD,
-                [peer_row(peer) for peer in status.peers],
+                [peer_row(peer, status.owner) for peer in status.peers],
                 "",
             ),
         ]
@@ -103,6 +105,39 @@ def render(status: Status) -> str:
     if status.token:
         lines += ["", *invite_lines(status.token, status.token_scope, status.scope)]
     return printable("\n".join(lines))
+
+
+def _when(at: float) -> str:
+    """A moment as people here write it, as in `at 14:03`; with the day where it is another one."""
+    then, now = time.localtime(at), time.localtime()
+    return time.strftime("at %H:%M" if then[:3] == now[:3] else "on %Y-%m-%d at %H:%M", then)
+
+
+def _requests(found: StatusRequests) -> str:
+    text = (
+        f"{found.in_flight} in flight, {found.per_minute:.0f} a minute, {found.tokens_per_second:.0f} tokens/s, "
+        f"first byte "
+    )
+    return text + (f"{found.ttfb_ms_p50:.0f} ms" if found.ttfb_ms_p50 else "not measured yet")
+
+
+def _strangers(status: Status) -> list[str]:
+    """What nodes that came by a public listing use of this node, if any do, and who is cut off."""
+    used = status.requests.strangers
+    lines: list[str] = []
+    if used.running or used.nodes or used.refused_today:
+        most = f" of {used.all_tokens_per_day}" if used.all_tokens_per_day else ""
+        at_once = f" of {used.all_concurrent}" if used.all_concurrent else ""
+        lines.append(
+            f"  strangers {used.running}{at_once} in flight, {used.tokens_today}{most} tokens today of {used.nodes}"
+            f" node{'' if used.nodes == 1 else 's'}, {used.refused_today} refused"
+        )
+    for one in status.cut_off[:_CUT_OFF_SHOWN]:
+        who = f"strangers at {one.who}" if one.address else one.who[:16]
+        lines.append(f"  cut off  {who} for {duration(one.seconds)}: {one.reason}")
+    if len(status.cut_off) > _CUT_OFF_SHOWN:
+        lines.append(f"  cut off  and {len(status.cut_off) - _CUT_OFF_SHOWN} more: mesh-llm status --json")
+    return lines
 
 
 def _prompt_caches(status: Status) -> list[str]:
@@ -140,6 +175,10 @@ def _split_lines(status: Status) -> list[str]:
     rows = [(names.get(split.host) or split.host[:10], "host", str(split.layers), "-", "-", "-")]
     rows += [_worker_row(worker, names) for worker in split.workers]
     lines += table(("NODE", "PART", "LAYERS", "MEMORY", "RTT", "RESULTS"), rows, "")
+    if split.groups_planned:
+        found = f"{split.groups_planned} {'engine shares' if split.groups_planned == 1 else 'engines share'} the slots"
+        now = f"; {split.groups} now" if split.groups != split.groups_planned else ""
+        lines.append(f"{found} ({split.groups_why}){now}.")
     return [*lines, f"Activations travel as {split.wire}."] if split.wire else lines
 
 
@@ -149,7 +188,7 @@ def _speed(split: StatusSplit) -> str:
     measured_read, foreseen_read = split.measured_prompt_tps, split.predicted_prompt_tps
     words = [] if measured_read is None else [f"{measured_read:.0f} tokens/s"]
     words += [] if foreseen_read is None else [f"{foreseen_read:.0f} predicted"]
-    read = f", prompts {', '.join(words)}" if words else ""
+    read = f", prompts of {split.prompt_tokens:,} tokens {', '.join(words)}" if words else ""
     trips = "" if split.round_trips_per_token is None else f", {split.round_trips_per_token:.1f} round trips a token"
     return f"{measured}{foreseen}{read}{trips}"
 
@@ -177,10 +216,13 @@ def _listing(status: Status) -> list[str]:
     return [f"  listing  {said}"]
 
 
+_OWNER_SHOWN = 10
+_CUT_OFF_SHOWN = 4
+
 # The rows of both `status` and `status --watch`.
 
 MODEL_HEAD = ("MODEL", "STATE", "CONTEXT", "SLOTS", "SIZE", "ON")
-PEER_HEAD = ("NODE", "ROLE", "SCOPE", "STATE", "SERVING", "MEMORY", "RTT", "PATH")
+PEER_HEAD = ("NODE", "ROLE", "SCOPE", "STATE", "SERVING", "MEMORY", "RTT", "OWNER", "PATH")
 WAITING_HEAD = ("NODE", "OFFERS", "TAKES PART")
 
 
@@ -193,15 +235,16 @@ def model_row(model: StatusModel, here: str) -> tuple[str, ...]:
     return (model.name, model.status, context, slots, size(model.size_bytes), ", ".join(where) or "-")
 
 
-def peer_row(peer: StatusPeer) -> tuple[str, ...]:
-    """Another node."""
+def peer_row(peer: StatusPeer, own: str = "") -> tuple[str, ...]:
+    """Another node. `own`: the key of this node's owner."""
+    owner = "yours" if peer.owner and peer.owner == own else peer.owner[:_OWNER_SHOWN] or "-"
     rtt = f"{peer.rtt_ms:.1f} ms" if peer.rtt_ms else "-"
     name = peer.name or peer.node_id[:10]
     serving = ", ".join(peer.serving) or "-"
     path = f"{peer.path}, {peer.transport}" if peer.transport in {"tcp", "quic"} else peer.path
     if peer.transport == "quic" and peer.transport_reason:
         path += f": {peer.transport_reason}"
-    return (name, peer.role, peer.scope or "-", peer.state, serving, size(peer.memory_bytes), rtt, path)
+    return (name, peer.role, peer.scope or "-", peer.state, serving, size(peer.memory_bytes), rtt, owner, path)
 
 
 def waiting_row(node: StatusWaitingNode) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ from mesh_llm.api.types import History
 from mesh_llm.cli.client import DaemonClient, events, node_home
 from mesh_llm.cli.output import animated, check_reader, console, printable, sign
 from mesh_llm.cli.status import MODEL_HEAD, PEER_HEAD, WAITING_HEAD, model_row, peer_row, render, waiting_row
-from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Status, StatusModel, StatusSplit
+from mesh_llm.console.schema import DownloadRecord, NoticeRecord
+from mesh_llm.console.status import Status, StatusModel, StatusSplit
 from mesh_llm.core.types.errors import MeshError, duration, size
 from mesh_llm.runtime.home import Home
 
@@ -235,7 +236,7 @@ class View:
         body = [_table(MODEL_HEAD, _model_rows(status.models, status.node_id), models_room)]
         left -= body[0][1]
         if status.peers:
-            rows = [_cells(peer_row(peer), PEER_HEAD) for peer in status.peers]
+            rows = [_cells(peer_row(peer, status.owner), PEER_HEAD) for peer in status.peers]
             body.append(_table(PEER_HEAD, rows, max(2, left)))
         for one in status.waiting:
             head = (f"WAITING {clean(one.model)}", *WAITING_HEAD[1:])

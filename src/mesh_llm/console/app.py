@@ -22,11 +22,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mesh_llm.console import routes
 from mesh_llm.console.auth import AcceptsKey, Access, Authenticator, Caller, Sessions
 from mesh_llm.console.calls import EVENTS, JSON, Backend, Call, CallRequest, Capabilities, Management, respond
 from mesh_llm.console.events import EventFeed
 from mesh_llm.console.logs import LogReader
+from mesh_llm.console.routes import CALLS
+from mesh_llm.console.routes.session import sign_in_link
 from mesh_llm.console.schema import SignInLink
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.asgi import AsgiServer, OwnUserProtocol, bind
@@ -156,14 +157,6 @@ def _not_found() -> MeshError:
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-
-CALLS: tuple[Call, ...] = (
-    *routes.NODE_CALLS,
-    *routes.MODELS_CALLS,
-    *routes.ACCESS_CALLS,
-    *routes.ACTIVITY_CALLS,
-    *routes.SESSION_CALLS,
-)
 
 _API = "/api"
 _OWN_SOCKET = "mesh_llm.own_socket"
@@ -362,7 +355,7 @@ class ConsoleServer:
 
     def sign_in_link(self) -> SignInLink | None:
         """A new link that opens the page signed in; None if there is no page."""
-        return routes.sign_in_link(self._backend) if self._backend is not None and self._backend.pages else None
+        return sign_in_link(self._backend) if self._backend is not None and self._backend.pages else None
 
     async def start(
         self, management: Management, capabilities: Capabilities | None = None, models: ASGIApp | None = None

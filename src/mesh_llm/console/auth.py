@@ -98,7 +98,9 @@ class Sessions:
         self._sessions: OrderedDict[bytes, _SessionRecord] = OrderedDict()
         self._wrong: deque[float] = deque(maxlen=MOST_WRONG)
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many sessions are open. No `len()`, by which an object with none would be false."""
         return len(self._sessions)
 
     def new_code(self) -> str:

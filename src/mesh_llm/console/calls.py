@@ -25,11 +25,13 @@ from mesh_llm.console.schema import (
     ModelAccepted,
     ModelSettingsShown,
     NoticeRecord,
+    Owned,
     Publication,
     Reloaded,
-    Status,
-    StatusPromptCaches,
+    TrustForgotten,
+    TrustList,
 )
+from mesh_llm.console.status import Status, StatusPromptCaches
 from mesh_llm.core.performance.plan import PlanAnswer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
@@ -144,6 +146,21 @@ class ListingControl(Protocol):
         ...
 
 
+class TrustControl(Protocol):
+    """What this node knows of hosts that it checked, and what it does not count on that hosts announce."""
+
+    def trust(self) -> TrustList:
+        """All that were checked, distrusted ones first; and all corrections."""
+        ...
+
+    async def forget(self, node: str, model: str = "") -> TrustForgotten:
+        """Forget one, by its name or the beginning of its key; `model`: about this one only.
+
+        Raises node_unknown, node_ambiguous, model_unknown.
+        """
+        ...
+
+
 class ConfigurationControl(Protocol):
     """The node's configuration files. Every method may raise MeshError."""
 
@@ -174,7 +191,9 @@ class Capabilities:
             the second.
         history: the last hour of the API.
         configuration: the configuration files.
+        trust: the hosts that were checked.
         clear_prompt_caches: deletes the saved prompt caches, and returns what there was.
+        read_ownership: reads again whose node this is, and announces it.
     """
 
     library: Callable[[], Library] | None = None
@@ -185,7 +204,9 @@ class Capabilities:
     decisions: Callable[[int, int], list[Decision]] | None = None
     history: Callable[[], History] | None = None
     configuration: ConfigurationControl | None = None
+    trust: TrustControl | None = None
     clear_prompt_caches: Callable[[], Awaitable[StatusPromptCaches]] | None = None
+    read_ownership: Callable[[], Owned] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +222,12 @@ class Integer:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text in the query; required."""
+    """A text in the query. `required`: else it may be left out, and is empty then."""
 
     name: str
     text: str
     longest: int = 1024
+    required: bool = True
 
 
 Query = Integer | Text
@@ -257,6 +279,8 @@ class CallRequest:
     def text(self, query: Text) -> str:
         """A text from the query."""
         given = self.http.query_params.get(query.name, "")
+        if not given and not query.required:
+            return ""
         if not 0 < len(given) <= query.longest:
             raise _bad_query(query.name, f"a text of 1 to {query.longest} characters")
         return given

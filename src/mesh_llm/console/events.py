@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mesh_llm.console.calls import Backend
-from mesh_llm.console.schema import NoticeRecord, Status
+from mesh_llm.console.schema import NoticeRecord
+from mesh_llm.console.status import Status
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.supervision import TaskScope
 

@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 
 from mesh_llm import __version__
-from mesh_llm.console.app import CALLS
 from mesh_llm.console.auth import SESSION_HEADER, TOKEN_HEADER, Access
 from mesh_llm.console.calls import EVENTS, JSON, Call, Integer, Query
-from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Refusal, Status
+from mesh_llm.console.routes import CALLS
+from mesh_llm.console.schema import DownloadRecord, NoticeRecord, Refusal
+from mesh_llm.console.status import Status
 
 FILE = Path(__file__).with_name("openapi.json")
 _PARAMETER = re.compile(r"{(\w+)}")
@@ -135,7 +136,7 @@ def _query_parameter(query: Query) -> dict[str, Any]:
     return {
         "name": query.name,
         "in": "query",
-        "required": not isinstance(query, Integer),
+        "required": not isinstance(query, Integer) and query.required,
         "description": query.text,
         "schema": schema,
     }

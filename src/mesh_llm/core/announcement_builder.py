@@ -40,6 +40,7 @@ class AnnouncementBuilder:
         self._parts = parts
         self.addresses: tuple[str, ...] = ()
         self.relay = ""
+        self.ownership = config.ownership
 
     def serving(self) -> tuple[Serving, ...]:
         """The models here, in the order asked for.
@@ -62,6 +63,7 @@ class AnnouncementBuilder:
                 embeddings=launch.embeddings,
                 kind=launch.order.facts.kind,
                 load_seconds=coarse(self._parts.on_demand.residents.load_seconds(launch)),
+                cache_type=launch.order.plan.cache_type,
             )
             for launch in models.launches
         ]
@@ -104,7 +106,7 @@ class AnnouncementBuilder:
             clients=parts.listing.clients,
             offer=parts.split.offer(parts.yielding.reason),
             loads=parts.on_demand.offer(parts.yielding.reason),
-            ownership=config.ownership,
+            ownership=self.ownership,
         )
 
 

@@ -5,15 +5,14 @@ to the part that it concerns, then lets all parts evaluate what follows from it,
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from msgspec.structs import replace
 
 from mesh_llm.core.announcement_builder import AnnouncementBuilder, AnnouncementThrottle, Parts
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.listing.publisher import ListingPublisher
+from mesh_llm.core.member_cache import MemberCache, Peers
 from mesh_llm.core.membership.membership import Membership
-from mesh_llm.core.membership.names import names_of, tell_apart
 from mesh_llm.core.placement.controller import PlacementController
 from mesh_llm.core.placement.demand import Usage
 from mesh_llm.core.placement.launches import Launch
@@ -25,18 +24,24 @@ from mesh_llm.core.routing.ranking import RoutingSnapshot
 from mesh_llm.core.routing.table import RoutingTable
 from mesh_llm.core.split.controller import SplitController
 from mesh_llm.core.split.outlook import Outlook
-from mesh_llm.core.types.announcement import Announcement, Member, Serving
+from mesh_llm.core.trust.circle import without_distrusted
+from mesh_llm.core.trust.corrections import Correction, describe
+from mesh_llm.core.types.announcement import Member, Serving
 from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, NoticeLevel, SetRoutes
 from mesh_llm.core.types.events import (
     AddressesChanged,
     AdmissionEnded,
+    AnswersTimed,
     AnyEvent,
     CapacityChanged,
     ClientsCounted,
+    ContextRefused,
+    CorrectionsForgotten,
     DropRequested,
     EngineExited,
     EngineReady,
     FetchEnded,
+    HostsDistrusted,
     ListingOutcome,
     LoadAnswered,
     LoadRequested,
@@ -45,10 +50,12 @@ from mesh_llm.core.types.events import (
     ModelsChanged,
     ModelUnavailable,
     OwnerSensed,
+    OwnershipChanged,
     PartRefused,
     PathChanged,
     PeerConnected,
     PeerLost,
+    PromptTaken,
     PublishRequested,
     Readmitted,
     RejoinFailed,
@@ -61,6 +68,7 @@ from mesh_llm.core.types.events import (
     SpeedMeasured,
     SplitFailed,
     SplitScope,
+    StandingsKnown,
     Started,
     StopRequested,
     TargetFailed,
@@ -73,41 +81,8 @@ from mesh_llm.core.types.model import Capacity, LaunchOptions, LaunchPlan, Model
 from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.core.types.ports import RandomSource
 
-
-class Peers(Protocol):
-    """What a node needs of its membership: events in, effects out, and the members. Tests have a second one."""
-
-    @property
-    def revision(self) -> int:
-        """Rises whenever `members` may have changed."""
-        ...
-
-    @property
-    def synced(self) -> bool:
-        """Whether another member has sent what it knows of the mesh."""
-        ...
-
-    def members(self) -> Sequence[Member]:
-        """All other nodes that are neither dead nor gone, in order of their ids."""
-        ...
-
-    def handle(self, event: AnyEvent, now: float) -> list[AnyEffect]:
-        """Take an event about peers, or the passing of time."""
-        ...
-
-    def publish(self, announcement: Announcement, now: float) -> list[AnyEffect]:
-        """Announce this node's newest state."""
-        ...
-
-    def leave(self, now: float) -> list[AnyEffect]:
-        """Announce that this node leaves."""
-        ...
-
-    def deadline(self) -> float | None:
-        """When `handle` wants a Tick."""
-        ...
-
-
+_REFUSED_AGAIN = 2
+"""So often a worker that does not give the memory that it announces is used; then its group does without it."""
 _OFTEN_NO_NEWS = (MessageReceived, Tick)
 """Events after which nothing is evaluated unless the members changed or a time has come: most gossip brings no news."""
 
@@ -174,6 +149,17 @@ class Node:
                 return self._to_peers(event, now)
             case TargetFailed():
                 return self._target_failed(event, now)
+            case ContextRefused():
+                return self._corrected(self._routes.refused_context(event, self.members, now))
+            case PromptTaken():
+                self._routes.took_prompt(event, self.members)
+                return []
+            case CorrectionsForgotten():
+                self._routes.forget_corrections(event.node, event.model)
+                return []
+            case AnswersTimed():
+                self._routes.timed(event, self.members, self._models.on_disk, now)
+                return []
             case _:
                 self._changed = True
         match event:
@@ -212,6 +198,8 @@ class Node:
                 self._usage.sample(event, now)
             case OwnerSensed():
                 self._yielding.sense(event, now)
+            case OwnershipChanged():
+                self._announcement.ownership = self._routes.ownership = event.ownership
             case SplitScope():
                 self._split.scope, self._split.admitted = event, True
             case SettingsChanged():
@@ -219,15 +207,26 @@ class Node:
             case RpcChanged():
                 return self._models.share(event, now)
             case SplitFailed():
-                return self._split.failed(event.node, event.model, event.reason, self.members, now)
+                return self._part_failed(event, now)
             case PartRefused():
                 return self._models.part_refused(event)
             case PublishRequested() | ListingOutcome() | ClientsCounted():
                 return self._listing.handle(event)
+            case HostsDistrusted():
+                self._distrust(frozenset(event.hosts))
+            case StandingsKnown():
+                self._placement.known = event.members
             case RoutesLearned():
                 self._on_demand.relay = event.source
                 self._routes.learn(event.snapshot)
         return []
+
+    def _distrust(self, hosts: frozenset[tuple[ModelName, NodeId]]) -> None:
+        """Choose none of these hosts for these models from now on, whatever is chosen here, and all others again."""
+        self._routes.distrust(hosts)
+        self._on_demand.distrusted = hosts
+        self._placement.fetch.distrusted = hosts
+        self._split.distrusted = hosts
 
     def _begin(self, event: Started, now: float) -> list[AnyEffect]:
         self._started = True
@@ -256,6 +255,24 @@ class Node:
             self._on_demand.load(event.model, now)
             return []
         return self._models.load(event.model, event.options, now)
+
+    def _part_failed(self, event: SplitFailed, now: float) -> list[AnyEffect]:
+        """A worker failed. One that refused memory is believed once: it announces less itself, unless it lies."""
+        if not event.memory_bytes:
+            return self._split.failed(event.node, event.model, event.reason, self.members, now)
+        made = self._routes.part_failed(event, self.members, now)
+        if made is None or made.times < _REFUSED_AGAIN:
+            return self._corrected(made)
+        failed = self._split.failed(event.node, event.model, event.reason, self.members, now)
+        return [*self._corrected(made), *failed]
+
+    def _corrected(self, made: Correction | None) -> list[AnyEffect]:
+        """Say that this node counts on less than a host announces."""
+        if made is None:
+            return []
+        name = self.names.get(made.node, made.node[:10])
+        text = f"{describe(made, name)}. This node counts on less from now on; no other node learns of it."
+        return [Notice(level=NoticeLevel.WARNING, code="host_corrected", text=text, about=made.node)]
 
     def _target_failed(self, event: TargetFailed, now: float) -> list[AnyEffect]:
         if event.node == self.config.node:
@@ -316,9 +333,9 @@ class Node:
     def _load_on_demand(self, now: float, *, changed: bool) -> list[AnyEffect]:
         if not self._started or self.stopping or not (changed or _due(self._on_demand.deadline(), now)):
             return []
-        routes = self._routes.snapshot.models
-        awaited = self._on_demand.waiting
-        warm = frozenset(name for name in awaited if name in routes and routes[name].status is ModelStatus.WARM)
+        snapshot = self._routes.snapshot
+        routes = [snapshot.models[name] for name in self._on_demand.waiting if name in snapshot.models]
+        warm = frozenset(one.name for one in routes if without_distrusted(one, snapshot).status is ModelStatus.WARM)
         reason = f"the machine is its owner's: {self._yielding.reason}" if self._yielding.reason else ""
         state = self._on_demand.state
         effects = self._on_demand.evaluate(self.members, warm, now, refusal=reason)
@@ -545,60 +562,6 @@ class Node:
         """What a LoadRequested would do now, without doing it. `facts`: of a model that the node does not know yet."""
         order = self._models.check(model, options, facts=facts)
         return order if isinstance(order, LoadRefused) else order.plan
-
-
-_MOST_ROUND_TRIPS = 4096
-"""As many as a node has connections at most: peers come and go under ever new keys."""
-
-
-class MemberCache:
-    """The members as of the last refresh. A refresh costs by the number of members, so its rate is bounded.
-
-    Attributes:
-        members: the other nodes that are not dead.
-        round_trips: milliseconds to connected peers, by node.
-        names: what people call this node and the members: told apart where several have one name.
-    """
-
-    def __init__(self, peers: Peers | None, config: NodeConfig) -> None:
-        """`peers` is None on a passive node, which has no members."""
-        self._peers = peers
-        self._timings = config.timings
-        self._own = (config.node, config.name)
-        self._revision = 0
-        self._at = float("-inf")
-        self.members: Sequence[Member] = ()
-        self.round_trips: dict[NodeId, float] = {}
-        self.names: dict[NodeId, str] = tell_apart(dict([self._own]))
-
-    def set_round_trip(self, node: NodeId, milliseconds: float) -> None:
-        """Note a connection's round trip. When there are too many, the one measured longest ago is dropped."""
-        self.round_trips.pop(node, None)
-        self.round_trips[node] = milliseconds
-        if len(self.round_trips) > _MOST_ROUND_TRIPS:
-            del self.round_trips[next(iter(self.round_trips))]
-
-    def deadline(self) -> float | None:
-        """When a refresh is due; None: nothing has changed since the last."""
-        if self._peers is None or self._peers.revision == self._revision:
-            return None
-        return self._at + self._timings.routes * max(1.0, len(self.members) / 100)
-
-    def refresh(self, now: float) -> bool:
-        """Read the members again if they changed and it is not too soon; returns whether it did."""
-        due = self.deadline()
-        if self._peers is None or due is None or now < due:
-            return False
-        self._revision = self._peers.revision
-        self._at = now
-        members = self._peers.members()
-        names = tell_apart(dict([self._own, *names_of(members)]))
-        self.members = tuple(
-            one if one.label == names[one.announcement.node] else replace(one, shown=names[one.announcement.node])
-            for one in members
-        )
-        self.names = names
-        return True
 
 
 def _earliest(*times: float | None) -> float | None:

@@ -14,11 +14,13 @@ from mesh_llm import __version__
 from mesh_llm.api.server import ApiServer
 from mesh_llm.core.config import NodeConfig, OnDemandPolicy, Timings
 from mesh_llm.core.node import Node
+from mesh_llm.core.trust.circle import Privacy
 from mesh_llm.core.types.announcement import Member, Standing
 from mesh_llm.core.types.events import AnyEvent
-from mesh_llm.core.types.ids import Incarnation, NodeId
+from mesh_llm.core.types.ids import Incarnation, NodeId, OwnerId
 from mesh_llm.core.types.model import ModelKind, Role
 from mesh_llm.daemon.accelerators import Devices, GpuPlan
+from mesh_llm.daemon.canaries import Canaries
 from mesh_llm.daemon.driver import Driver, effect_handlers
 from mesh_llm.daemon.engine_setup import EngineSetup
 from mesh_llm.daemon.engines import Engines
@@ -36,6 +38,7 @@ from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.split_host import SplitHostService, WireControl, tunnel_sockets
 from mesh_llm.daemon.split_worker import SplitDisplay, WeightDigests, WorkerService, WorkerWeights
 from mesh_llm.daemon.traffic import TrafficMeter
+from mesh_llm.daemon.trust_records import TrustRecords
 from mesh_llm.engine.prompt_cache.store import PromptCacheStore
 from mesh_llm.engine.supervisor import Supervisor
 from mesh_llm.models.hub.catalog import catalog
@@ -61,6 +64,8 @@ class Core:
     fetcher: ModelFetcher
     publisher: ListingPublisher
     setup: EngineSetup
+    trust: TrustRecords
+    canaries: Canaries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,8 @@ class Surroundings:
         on_progress: called with each step of the start.
         post: hands an event to the core.
         members: all nodes that the core knows.
-        standing: who another node is that asks for a model, or that has or wants a prompt cache.
+        standing: who another node is that asks for a model, wants its files, or has or wants a prompt cache.
+        known: those of some members that are no strangers.
         name_of: a node's name for people.
         prompt_cache_key: kept prompt caches are encrypted with it; None: none are kept.
     """
@@ -92,6 +98,7 @@ class Surroundings:
     post: Callable[[AnyEvent], None]
     members: Callable[[], Sequence[Member]]
     standing: Callable[[NodeId], Standing]
+    known: Callable[[Sequence[Member]], frozenset[NodeId]]
     name_of: Callable[[NodeId], str]
     prompt_cache_key: bytes | None
 
@@ -126,15 +133,31 @@ def make_core(around: Surroundings, machine: Machine, api: ApiServer, gpu: GpuPl
     if around.prompt_cache_key is not None:
         store = PromptCacheStore(home.own_cache / DIRECTORY, around.prompt_cache_key, settings.prompt_cache_bytes)
         engines.caches = SlotCaches(store, chunks, around.clock)
+        engines.caches.wire = split_host.wire_of
         stack.push_async_callback(engines.caches.close)
-    sharing = ModelSharing(net, machine.registry, chunks, around.members, around.name_of, limit if seeds else None)
+    sharing = ModelSharing(
+        net,
+        machine.registry,
+        chunks,
+        around.members,
+        around.name_of,
+        limit if seeds else None,
+        may_have=lambda node: settings.seed_strangers or around.standing(node) != "stranger",
+    )
+    sharing.doubted = lambda: node.snapshot.distrusted
     stack.push_async_callback(sharing.close)
     mesh_downloads = MeshDownloads(settings, machine, sharing, post, around.on_progress)
     stack.push_async_callback(mesh_downloads.close)
     publisher = ListingPublisher(net, home, settings.discovery, post)
     performance = PerformanceServices(net, node, machine, home, post, published.changes.notify)
     stack.push_async_callback(performance.close)
-    split_host.wire = WireControl(settings.split.wire, performance.choose_wire, published.notices.add)
+    split_host.wire = WireControl(
+        settings.split.wire,
+        performance.choose_wire,
+        published.notices.add,
+        performance.round_trips,
+        around.traffic.idle,
+    )
     if engines.caches is not None:
         measure = performance.measure_link
         moves = PromptMoves(net, engines.caches, measure, limit.take, around.standing, around.clock)
@@ -143,6 +166,10 @@ def make_core(around: Surroundings, machine: Machine, api: ApiServer, gpu: GpuPl
         stack.push_async_callback(moves.close)
 
     devices = Devices(settings, machine, post, performance.devices_changed)
+
+    circle = partial(trusted_owners, api)
+    checks = settings.canaries and not settings.client
+    trust = TrustRecords(home.trust, node, circle, post, published.notices.add, asks=checks)
 
     asks = LoadAsks(api.ask_to_load, post, client=settings.client)
     stack.push_async_callback(asks.close)
@@ -159,7 +186,7 @@ def make_core(around: Surroundings, machine: Machine, api: ApiServer, gpu: GpuPl
     )
     return Core(
         node=node,
-        driver=Driver(node, handlers, around.clock, journal),
+        driver=Driver(node, handlers, around.clock, journal, around.known),
         net=net,
         machine=machine,
         published=published,
@@ -169,6 +196,8 @@ def make_core(around: Surroundings, machine: Machine, api: ApiServer, gpu: GpuPl
         fetcher=ModelFetcher(machine, sharing),
         publisher=publisher,
         setup=EngineSetup(machine, home, post, published, devices, gpu),
+        trust=trust,
+        canaries=Canaries(settings.canary_share, circle, node, api.canaries, trust),
     )
 
 
@@ -199,6 +228,11 @@ def node_config(settings: Settings, net: MeshNet, machine: Machine, now: float) 
         on_demand=on_demand_policy(settings),
         ownership=net.ownership,
     )
+
+
+def trusted_owners(api: ApiServer) -> frozenset[OwnerId]:
+    """The owners whose nodes are not checked, and whose answers others are compared with: this node's, the group's."""
+    return api.owners.circle(Privacy.GROUP) or frozenset()
 
 
 def on_demand_policy(settings: Settings) -> OnDemandPolicy:

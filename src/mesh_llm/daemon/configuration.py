@@ -35,6 +35,7 @@ LIVE_OPTIONS = frozenset(
         "no-draft",
         "parallel",
         "spec",
+        "stranger-limit",
     )
 )
 """Options that change while a node runs. All others take effect at its next start."""

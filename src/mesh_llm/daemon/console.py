@@ -20,10 +20,9 @@ from mesh_llm.console.schema import (
     MemberScope,
     ModelAccepted,
     NoticeRecord,
-    Status,
-    StatusModel,
     UnusableFile,
 )
+from mesh_llm.console.status import Status, StatusModel
 from mesh_llm.core.membership.names import KEY_DIGITS, AmbiguousNode, UnknownNode, names_of, resolve_node, tell_apart
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.fit import DoesNotFit, plan_solo
@@ -430,7 +429,7 @@ def make_console(
     try:
         return ConsoleServer(config, home, sessions, accepts)
     except MeshError as error:
-        taken = explain_taken(error, home, config.host, config.port, "--console")
+        taken = explain_taken(error, home, config.host, config.port, "--console", ("--port", settings.api_port or 0))
         if error.code != "port_in_use" or not home.is_guest:
             raise taken from error
         server = ConsoleServer(

@@ -5,18 +5,19 @@ import os
 import platform
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 import msgspec
 import psutil
 
-from mesh_llm.console.schema import StatusPeer
+from mesh_llm.console.status import StatusPeer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.settings import API_PORT, CONSOLE_PORT
 from mesh_llm.engine.confinement.policy import described
 from mesh_llm.engine.devices import UNUSED_HINT, Machine, examine_machine, fullness, hidden_cards, unused_gpus
-from mesh_llm.engine.sources.embedded.backends import KINDS
+from mesh_llm.engine.sources.embedded.loading import KINDS
 from mesh_llm.engine.spec import EngineInfo, EnginePart, PartState
 from mesh_llm.models.hub.cache import models_directory
 from mesh_llm.runtime.asgi import bind
@@ -28,6 +29,8 @@ from mesh_llm.service_manager.installation import managers
 
 _LOW_DISK = 5 * 10**9
 _LOW_MEMORY = 2 * 10**9
+_TRIED = 64 << 10
+"""As much as a node writes at its first start."""
 _OPEN_TCP = "Requests and split models are faster over TCP. Let it through to the port of `--quic-port` there."
 
 
@@ -81,10 +84,18 @@ def _unusable_places(home: Home) -> list[MeshError]:
     """The first directory or file of the home that a node could not write, as the node's error."""
     for place in (home.root, home.logs, home.cache, home.mesh, *sorted(home.root.iterdir())):
         if place.exists() and not os.access(place, os.W_OK | os.R_OK):
-            error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+            number = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+            error = OSError(number, os.strerror(number), str(place))
             explained = explain_os_error(error, home.root)
             if explained is not None:
                 return [explained]
+    try:
+        # A full or read-only disk shows only in writing.
+        with home.explained(), tempfile.NamedTemporaryFile(dir=home.root) as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+    except MeshError as error:
+        return [error]
     return []
 
 
@@ -267,8 +278,8 @@ def check_network() -> list[Finding]:
             Finding(
                 topic="network",
                 verdict=Verdict.WARNING,
-                text="This machine has no address besides loopback: it can serve itself, but join no mesh.",
-                hint="Connect it to a network.",
+                text="This machine has no address besides loopback: only nodes on it can be in its mesh.",
+                hint="Connect it to a network, if other machines are to join.",
             )
         )
     return found

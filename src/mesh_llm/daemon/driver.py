@@ -2,12 +2,13 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
 from mesh_llm.core.node import Node
+from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.effects import (
     AnyEffect,
     AskForLoad,
@@ -24,7 +25,8 @@ from mesh_llm.core.types.effects import (
     StartEngine,
     StopEngine,
 )
-from mesh_llm.core.types.events import AnyEvent, Tick
+from mesh_llm.core.types.events import AnyEvent, StandingsKnown, Tick
+from mesh_llm.core.types.ids import NodeId
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.journal import Journal
 from mesh_llm.daemon.load_asks import LoadAsks
@@ -36,6 +38,7 @@ _log = structlog.get_logger(__name__)
 
 Clock = Callable[[], float]
 Handler = Callable[[Any], None]
+Known = Callable[[Sequence[Member]], frozenset[NodeId]]
 
 _BATCH = 64
 """Events that are handled before other tasks run, and before the deadline is checked."""
@@ -48,15 +51,29 @@ class Driver:
     """
 
     def __init__(
-        self, node: Node, handlers: Mapping[type[AnyEffect], Handler], clock: Clock, journal: Journal | None = None
+        self,
+        node: Node,
+        handlers: Mapping[type[AnyEffect], Handler],
+        clock: Clock,
+        journal: Journal | None = None,
+        known: Known | None = None,
     ) -> None:
-        """`handlers`: one for every kind of effect; an effect without one raises KeyError."""
+        """`handlers`: one for every kind of effect; an effect without one raises KeyError.
+
+        `known`: those of some members that are no strangers; None: nobody is one.
+        """
+        self._known = known
+        self._members: Sequence[Member] = ()
+        self._reported: frozenset[NodeId] = frozenset()
         self.node = node
         self._handlers = handlers
         self._clock = clock
         self._journal = journal
         self._events: deque[AnyEvent] = deque()
         self._arrived = asyncio.Event()
+        if known is not None:
+            # Before any member is known: none may count for a moment as what it is not.
+            self._events.append(StandingsKnown(members=frozenset()))
         self._deadline: float | None = None
         self._moved = True
         """An event was handled since the deadline was computed: nothing else changes it."""
@@ -116,6 +133,12 @@ class Driver:
                 self._journal.record(now, event, effects)
         for effect in effects or ():
             self._handlers[type(effect)](effect)
+        if self._known is not None and self.node.members is not self._members:
+            self._members = self.node.members
+            found = self._known(self._members)
+            if found != self._reported:
+                self._reported = found
+                self.post(StandingsKnown(members=found))
 
 
 def effect_handlers(

@@ -1,4 +1,4 @@
-"""Several engines over one split model, which look like one: which of them gets a request, and when one comes or goes.
+"""Several engines over one split model, which look like one: when one comes or goes.
 
 Each has its own tunnels to the workers and its own slots; they share the weights there (`split/worker/sharing.py`).
 While one computes on a machine, another's tokens are on their way or on the next machine.
@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from mesh_llm.api.router import PrefixAffinity, prompt_prefixes
-from mesh_llm.api.upstream import Place
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.ids import ModelName
+from mesh_llm.daemon.dispatch import Dispatch, DispatchedEngine
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit
 from mesh_llm.runtime.supervision import TaskScope
 
@@ -22,20 +21,7 @@ _LONGEST_PAUSE = 60.0
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(eq=False)
-class GroupEngine:
-    """One engine of a group. `busy`: requests that it answers now."""
-
-    info: EngineReadyInfo
-    busy: int = 0
-
-    @property
-    def room(self) -> float:
-        """The part of its slots that is free; below 0 where requests wait in it."""
-        return 1.0 - self.busy / max(1, self.info.slots)
-
-
-Joined = Callable[[GroupEngine], None]
+Joined = Callable[[DispatchedEngine], None]
 """Is called when an engine answers; its run ends when the engine has ended."""
 
 RunEngine = Callable[[bool, Joined], Awaitable[Exit]]
@@ -52,6 +38,7 @@ class EngineGroup:
         run_engine: runs one.
         changed: is called when their number has changed, but for the end of all.
         stopping: whether they are to end, so that none is started again.
+        dispatch: which of them gets a request.
     """
 
     model: ModelName
@@ -59,10 +46,17 @@ class EngineGroup:
     run_engine: RunEngine
     changed: Callable[[], None]
     stopping: Callable[[], bool]
-    engines: list[GroupEngine] = field(default_factory=list[GroupEngine])
-    _affinity: PrefixAffinity = field(default_factory=PrefixAffinity)
+    dispatch: Dispatch = field(init=False)
     _up: asyncio.Event = field(default_factory=asyncio.Event)
     _opened: bool = False
+
+    def __post_init__(self) -> None:
+        self.dispatch = Dispatch(self.model, several=self.count > 1)
+
+    @property
+    def engines(self) -> list[DispatchedEngine]:
+        """Those that answer."""
+        return self.dispatch.engines
 
     @property
     def slots(self) -> int:
@@ -96,28 +90,6 @@ class EngineGroup:
         finally:
             await scope.close()
 
-    def place(self, body: bytes) -> Place:
-        """The engine for a request: the one that has its conversation and a free slot; else the one with most room.
-
-        Call the result's `done` when the answer has ended.
-        """
-        prefixes = prompt_prefixes(body) if len(self.engines) > 1 else []
-        warmth = self._affinity.warmth(self.model, prefixes)
-
-        def order(engine: GroupEngine) -> tuple[bool, float, int]:
-            known = warmth.get(NodeId(engine.info.address))
-            here = known is not None and known.conversation and engine.room > 0.0
-            return here, engine.room, 0 if known is None else known.prefix_bytes
-
-        chosen = max(self.engines, key=order)
-        self._affinity.remember(self.model, prefixes, NodeId(chosen.info.address))
-        chosen.busy += 1
-
-        def done() -> None:
-            chosen.busy -= 1
-
-        return Place(chosen.info.address, done)
-
     async def _until_none(self, scope: TaskScope, running: "set[asyncio.Task[Exit]]") -> Exit:
         pause = _FIRST_PAUSE
         while True:
@@ -137,10 +109,11 @@ class EngineGroup:
         return await self._one(first=False)
 
     async def _one(self, *, first: bool) -> Exit:
-        joined: list[GroupEngine] = []
+        joined: list[DispatchedEngine] = []
 
-        def join(engine: GroupEngine) -> None:
+        def join(engine: DispatchedEngine) -> None:
             joined.append(engine)
+            self.dispatch.number(engine)
             self.engines.append(engine)
             self._up.set()
             if self._opened:

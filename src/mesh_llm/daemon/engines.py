@@ -1,13 +1,14 @@
 """Carries out StartEngine and StopEngine: a llama.cpp child process for each launch, reported to the core as events."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
 import structlog
 
+from mesh_llm.api.slots import EngineSlots
 from mesh_llm.api.upstream import Place
 from mesh_llm.core.placement.fit import batch_tokens, cache_bytes
 from mesh_llm.core.types.effects import Notice, NoticeLevel, StartEngine, StopEngine
@@ -15,18 +16,18 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, EngineExited, EngineReady
 from mesh_llm.core.types.ids import ModelName, Term
 from mesh_llm.core.types.model import ModelFacts, ModelKind
-from mesh_llm.core.types.model_settings import DRAFT_KINDS
 from mesh_llm.core.types.ports import EngineEnd
-from mesh_llm.daemon.engine_groups import EngineGroup, GroupEngine, Joined
+from mesh_llm.daemon.dispatch import Dispatch, DispatchedEngine
+from mesh_llm.daemon.engine_groups import EngineGroup, Joined
+from mesh_llm.daemon.launch_guesses import OWN_HEADS, LaunchGuesses, choose_guesses
 from mesh_llm.daemon.model_registry import Machine
 from mesh_llm.daemon.prompt_cache import SlotCaches
 from mesh_llm.daemon.speculation import EngineGuessing
 from mesh_llm.daemon.split_host import HostSession, SplitHostService, split_spec
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.engine.sources import EngineSource
-from mesh_llm.engine.spec import CPU_DEVICE, NGRAM, EngineSpec
+from mesh_llm.engine.spec import CPU_DEVICE, EngineSpec
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit, RunningEngine, Supervisor
-from mesh_llm.models.library.draft import has_own_heads
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 
@@ -35,8 +36,6 @@ _END_WAIT = 2.0
 """The longest time between a broken connection to an engine and its exit."""
 _BATCH = 2048
 """Tokens of a prompt in one batch: llama.cpp's default."""
-_OWN_HEADS_MAX = 4
-"""Most tokens that a model's own heads guess: llama.cpp has them guess all, however few are wanted."""
 _REMOTE = "RPC"
 """How llama.cpp names the memory of workers (ggml-rpc.cpp)."""
 
@@ -99,7 +98,8 @@ class Engines:
         self._launches: dict[ModelName, _Launch] = {}
         self._ends: dict[ModelName, tuple[Term, EngineEnd]] = {}
         self._keys: dict[str, str] = {}
-        self._groups: dict[str, EngineGroup] = {}
+        self._dispatches: dict[str, Dispatch] = {}
+        self._unfit: set[ModelName] = set()
         self._scope = TaskScope("launches")
 
     def start(self, effect: StartEngine) -> None:
@@ -132,10 +132,15 @@ class Engines:
         """The API key of the engine at an address. It stays out of the core, whose events are journalled."""
         return self._keys.get(address, "")
 
-    def place(self, address: str, body: bytes) -> Place:
-        """The engine that gets a request for the launch at an address."""
-        group = self._groups.get(address)
-        return Place(address, _nothing) if group is None or not group.engines else group.place(body)
+    def place(self, address: str, path: str, body: bytes) -> Place:
+        """The engine that gets a request for the launch at an address, and the slot there."""
+        found = self._dispatches.get(address)
+        return Place(address, _nothing) if found is None or not found.engines else found.place(path, body)
+
+    def slots(self, address: str) -> Sequence[EngineSlots]:
+        """The engines of the launch at an address, if several are to serve it as one; else none."""
+        found = self._dispatches.get(address)
+        return () if found is None else found.numbered
 
     async def close(self) -> None:
         """Stop watching. The supervisor ends the child processes."""
@@ -187,6 +192,7 @@ class Engines:
         if self._machine.source is None:
             raise MeshError(code="engine_missing", message="This node runs no engine.", status=503)
         source, spec = self._machine.source, self.spec(effect)
+        self._say_instead(effect)
         if effect.plan.split is None or self._splits is None:
             return await self._serve(source, effect, launch, spec)
         session = await self._opened(self._splits, effect, spec, launch)
@@ -227,7 +233,7 @@ class Engines:
             nonlocal address
             if not address:
                 address = info.address
-                self._groups[address] = engines
+                self._dispatches[address] = engines.dispatch
             self._post(
                 EngineReady(
                     model=model,
@@ -248,7 +254,7 @@ class Engines:
         try:
             ended = await engines.run(post)
         finally:
-            self._groups.pop(address, None)
+            self._dispatches.pop(address, None)
         return replace(ended, reason=launch.broken, asked=False) if launch.broken else ended
 
     async def _run_member(self, group: "_GroupLaunch", session: HostSession, joined: Joined) -> Exit:
@@ -266,7 +272,12 @@ class Engines:
             launch.members.add(engine)
             launch.launched.set()
             _log.info("engine started", model=effect.plan.model, term=effect.term, pid=engine.pid, engines="several")
-            ended = await self._follow(engine, broken, session, joined)
+
+            def ready(info: EngineReadyInfo) -> None:
+                self._watch_slots(effect, spec, info)
+                joined(DispatchedEngine(info))
+
+            ended = await self._follow(engine, broken, session, ready)
             if not ended.asked and not launch.stopping:
                 # A lost tunnel ends the engine too, and is the better explanation.
                 await asyncio.wait({broken}, timeout=_REASON_WAIT)
@@ -279,10 +290,16 @@ class Engines:
                     engine.kill()
                     await engine.wait()
                 launch.members.discard(engine)
+                if engine.info is not None:
+                    self._unwatch_slots(effect, engine.info)
             await splits.close(session)
 
     async def _follow(
-        self, engine: RunningEngine, broken: asyncio.Task[object], session: HostSession, joined: Joined
+        self,
+        engine: RunningEngine,
+        broken: asyncio.Task[object],
+        session: HostSession,
+        ready: Callable[[EngineReadyInfo], None],
     ) -> Exit:
         """Wait for an engine's end, and end it when its tunnels have ended."""
 
@@ -297,7 +314,7 @@ class Engines:
                 return outcome
             session.loading.ready()
             self._keys[outcome.address] = outcome.key
-            joined(GroupEngine(outcome))
+            ready(outcome)
             try:
                 return await engine.wait()
             finally:
@@ -358,6 +375,10 @@ class Engines:
         _log.info("engine started", model=model, term=term, pid=engine.pid)
         outcome = await engine.ready()
         if isinstance(outcome, Exit):
+            if self._heads_fail(effect, launch, spec, outcome):
+                # The tunnels of a split model have ended with the engine: the core starts it again.
+                alone = effect.plan.split is None
+                return await self._serve(source, effect, launch, self.spec(effect), ready) if alone else outcome
             guessed = spec.mmproj is not None and effect.plan.split is None
             if not guessed or launch.stopping or outcome.asked or outcome.refused:
                 return outcome
@@ -365,6 +386,7 @@ class Engines:
             return await self._serve(source, effect, launch, replace(spec, mmproj=None), ready)
         ready()
         self._keys[outcome.address] = outcome.key
+        self._dispatches[outcome.address] = Dispatch(model, [DispatchedEngine(outcome)])
         self._post(
             EngineReady(
                 model=model,
@@ -382,9 +404,9 @@ class Engines:
             return await engine.wait()
         finally:
             self._keys.pop(outcome.address, None)
+            self._dispatches.pop(outcome.address, None)
             self.guessing.closed(model, term)
-            if self.caches is not None:
-                self.caches.closed(model, term)
+            self._unwatch_slots(effect, outcome)
 
     def _watch_slots(self, effect: StartEngine, spec: EngineSpec, info: EngineReadyInfo) -> None:
         """Save what is in the engine's slots from now on."""
@@ -395,6 +417,10 @@ class Engines:
         context = effect.plan.context
         token_bytes = cache_bytes(model.facts, context, 1, effect.plan.cache_type) // context
         self.caches.opened(effect.plan.model, effect.term, spec, files, token_bytes, info)
+
+    def _unwatch_slots(self, effect: StartEngine, info: EngineReadyInfo) -> None:
+        if self.caches is not None:
+            self.caches.closed(effect.plan.model, effect.term, info.address)
 
     def _set_aside(self, model: ModelName, projector: Path | None, ended: Exit) -> None:
         """The engine did not start with the projector that lies beside the model: start it without."""
@@ -416,6 +442,27 @@ class Engines:
             await self.caches.save(effect.model, effect.term)
         await asyncio.gather(*(engine.stop() for engine in launch.engines))
 
+    def _guesses(self, effect: StartEngine, model: LocalModel) -> LaunchGuesses:
+        return choose_guesses(effect, model, self._machine, unfit=model.name in self._unfit)
+
+    def _say_instead(self, effect: StartEngine) -> None:
+        """Tell the user where a model does not guess as they said."""
+        model = self._machine.registry.find(effect.plan.model)
+        guesses = None if model is None else self._guesses(effect, model)
+        if guesses is not None and guesses.instead:
+            about = effect.plan.model
+            self._notify(Notice(level=NoticeLevel.WARNING, code="spec_instead", text=guesses.instead, about=about))
+
+    def _heads_fail(self, effect: StartEngine, launch: _Launch, spec: EngineSpec, ended: Exit) -> bool:
+        """Whether an engine that was to guess by the model's own heads did not start: the next one has others."""
+        own = spec.speculation == OWN_HEADS and spec.draft is None
+        if not own or launch.stopping or launch.broken or ended.asked or ended.refused:
+            return False
+        _log.warning("own heads set aside", model=effect.plan.model, reason=ended.reason)
+        self._unfit.add(effect.plan.model)
+        self._say_instead(effect)
+        return True
+
     def _facts(self, effect: StartEngine) -> ModelFacts:
         model = self._machine.registry.find(effect.plan.model)
         if model is None:
@@ -433,16 +480,14 @@ class Engines:
         slots = plan.slots // groups
         batch = pieces or batch_tokens(model.facts, plan.context)
         offload, chosen = plan.offload, options.engine
-        alone = plan.split is None and not chosen.speculation and has_own_heads(model.path)
-        draft = None if alone else self._draft(effect, model)
-        kind = "mtp" if alone else chosen.speculation
+        guesses = self._guesses(effect, model)
         return EngineSpec(
             model=model.path,
             alias=plan.model,
             context=plan.context,
             slots=slots,
-            draft=draft,
-            draft_max=min(options.draft_max, _OWN_HEADS_MAX) if alone else options.draft_max,
+            draft=guesses.draft,
+            draft_max=guesses.most,
             devices=(CPU_DEVICE,) if offload is not None and not offload.gpu_layers else self._machine.devices,
             # llama.cpp counts the output layer as the last one.
             gpu_layers=None if offload is None else offload.gpu_layers + min(1, offload.gpu_layers),
@@ -450,9 +495,9 @@ class Engines:
             cache_type=plan.cache_type,
             mmproj=model.projector if options.use_projector else None,
             sampling=chosen.sampling,
-            # Guesses of several engines would wait for each other, and what they gain alone is not known.
-            speculation=self._speculation(kind, draft, model) if groups == 1 else "",
-            while_it_pays=not chosen.speculation and groups == 1,
+            speculation=guesses.kind,
+            while_it_pays=guesses.while_it_pays,
+            mtp_layers=guesses.here,
             chat_template=chosen.chat_template,
             reasoning_budget=chosen.reasoning_budget,
             environment=chosen.environment,
@@ -462,37 +507,6 @@ class Engines:
             micro_batch=-(-batch // slots) * slots if model.facts.one_batch else batch,
             batch=max(_BATCH, batch + slots),
         )
-
-    def _draft(self, effect: StartEngine, model: LocalModel) -> Path | None:
-        """The draft's file. Raises MeshError if a model's settings name one that is not here, or does not fit."""
-        if not effect.options.use_draft:
-            return None
-        if effect.options.draft is not None:
-            path = Path(effect.options.draft)
-            if path.is_absolute():
-                return path
-            return Path(self._machine.registry.with_draft(effect.options, model).draft or path)
-        draft = self._machine.registry.find(effect.plan.draft) if effect.plan.draft is not None else None
-        return draft.path if draft is not None else None
-
-    def _speculation(self, chosen: str, draft: Path | None, model: LocalModel) -> str:
-        """The kind of guesses, for EngineSpec. Raises MeshError `no_own_heads`."""
-        if draft is not None:
-            found = self._machine.registry.find(ModelName(draft.stem))
-            architecture = chosen if found is None else found.facts.architecture
-            return DRAFT_KINDS.get(architecture, "")
-        if chosen == "mtp":
-            if has_own_heads(model.path):
-                return "draft-mtp"
-            raise MeshError(
-                code="no_own_heads",
-                message=f"{model.name} has no heads of its own that guess tokens ahead (MTP).",
-                hint='Use --spec auto, or speculation = "ngram" in the settings of this model.',
-                status=400,
-            )
-        if not chosen and model.facts.kind is ModelKind.CHAT:
-            return NGRAM
-        return chosen if chosen.startswith(NGRAM) else ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from mesh_llm import __version__
-from mesh_llm.console.schema import Status
+from mesh_llm.console.status import Status
 from mesh_llm.core.membership.names import tell_apart
 from mesh_llm.core.types.effects import KnownPeer, Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from mesh_llm.console.schema import Publication, StatusListing
+from mesh_llm.console.schema import Publication
+from mesh_llm.console.status import StatusListing
 from mesh_llm.core.listing.content import Listing
 from mesh_llm.core.listing.publisher import ListingState
 from mesh_llm.core.node import Node
@@ -19,8 +20,8 @@ from mesh_llm.core.types.effects import Publish
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import AnyEvent, ListingOutcome, PublishRequested
 from mesh_llm.core.types.model import Role
-from mesh_llm.daemon.settings import DiscoverySettings
-from mesh_llm.discovery.nostr.consent import PublicationConsent, consent_text
+from mesh_llm.daemon.settings import PUBLISH_SCOPE, DiscoverySettings
+from mesh_llm.discovery.nostr.consent import PublicationConsent, consent_text, scope_sentence
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
@@ -96,7 +97,8 @@ class ListingSwitch:
         )
 
     def _wish(self) -> ListingPolicy:
-        return self._settings.publicity or ListingPolicy(name=self._name, region=self._settings.region)
+        named = ListingPolicy(name=self._name, region=self._settings.region, scope=PUBLISH_SCOPE)
+        return self._settings.publicity or named
 
     def _publication(self, *, on: bool) -> Publication:
         listing = self._node.listing
@@ -110,7 +112,7 @@ class ListingSwitch:
             listed=listed,
             expires=None if listing.published_at is None or not listed else self._expires(listing.published_at),
             problem=listing.reason if on else "",
-            consent="" if agreed else consent_text(wish, self._settings.urls),
+            consent="" if agreed else f"{consent_text(wish, self._settings.urls)} {scope_sentence(wish, None)}",
         )
 
     def _expires(self, published_at: float) -> float:

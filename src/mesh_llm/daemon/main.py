@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 
@@ -17,12 +16,9 @@ from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.usage import KeyRing
 from mesh_llm.console.app import ConsoleServer
 from mesh_llm.console.auth import Sessions
-from mesh_llm.console.calls import Capabilities
-from mesh_llm.console.schema import StatusPromptCaches
 from mesh_llm.core.node import Node
 from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.trust.circle import Owners
-from mesh_llm.core.types.announcement import Member, Standing
 from mesh_llm.core.types.effects import Notice, NoticeLevel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.events import (
@@ -36,22 +32,21 @@ from mesh_llm.core.types.events import (
     StopRequested,
     TargetFailed,
 )
-from mesh_llm.core.types.ids import NodeId
 from mesh_llm.daemon.accelerators import decide
 from mesh_llm.daemon.composition import Core, Surroundings, make_core
 from mesh_llm.daemon.configuration import ConfigurationControl, with_live_settings
-from mesh_llm.daemon.console import DaemonManagement, ModelLibrary, console_keys, make_console, named_decisions
-from mesh_llm.daemon.downloads import Downloads
-from mesh_llm.daemon.lan import Approvals, LanPresence, join_by_lan
+from mesh_llm.daemon.console import console_keys, make_console
+from mesh_llm.daemon.lan import LanPresence, join_by_lan
 from mesh_llm.daemon.listing import ListingSwitch
 from mesh_llm.daemon.log import DaemonLog, Signals, explain_disk_errors
-from mesh_llm.daemon.mesh import join, lost_port_notice, make_net
+from mesh_llm.daemon.management import Management
+from mesh_llm.daemon.mesh import join, make_net, port_notices
 from mesh_llm.daemon.mesh_discovery import MeshChoice, MeshMigration, discover_mesh
-from mesh_llm.daemon.model_registry import probe_machine, register_fetched, watch_library
-from mesh_llm.daemon.ollama import ClientsModels, DescribedModels
+from mesh_llm.daemon.model_registry import probe_machine, watch_library
+from mesh_llm.daemon.ollama import DescribedModels
+from mesh_llm.daemon.other_nodes import OtherNodes
 from mesh_llm.daemon.owner import watch_owner
 from mesh_llm.daemon.ownership import owner_here, ownership_of
-from mesh_llm.daemon.prompt_cache import SlotCaches, caches_status
 from mesh_llm.daemon.published_state import (
     InviteShown,
     NoticeShown,
@@ -64,7 +59,7 @@ from mesh_llm.daemon.receipts import ReceiptFacts
 from mesh_llm.daemon.service_report import ServiceReport
 from mesh_llm.daemon.settings import Settings
 from mesh_llm.daemon.startup_models import Ask, StartupDownload, nobody, provide_models
-from mesh_llm.daemon.status import DaemonInfo, StatusBuilder, StatusSources, split_status
+from mesh_llm.daemon.status import DaemonInfo, api_base
 from mesh_llm.daemon.traffic import TrafficMeter
 from mesh_llm.discovery.nostr.consent import PublicationConsent
 from mesh_llm.engine.supervisor import Supervisor
@@ -73,7 +68,7 @@ from mesh_llm.net.admission.credentials import MeshStores, node_key, wants_ephem
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.nodes import explain_taken
-from mesh_llm.runtime.process import freeze_heap
+from mesh_llm.runtime.process import freeze_heap, wake_promptly
 from mesh_llm.runtime.supervision import OnProblem, Supervision, TaskScope, error_text, use_supervision
 from mesh_llm.service_manager.notify import Notifier
 from mesh_llm.wire.mesh.admission import Scope
@@ -101,6 +96,8 @@ def run_daemon(
     Raises:
         MeshError: the node cannot start. Everything that was begun has been ended.
     """
+    # The engines have all cores, and their messages to each other pass here.
+    wake_promptly()
     if os.name == "posix":
         import uvloop
 
@@ -172,6 +169,7 @@ class Daemon:
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self._core: Core | None = None
+        self._others = OtherNodes()
         self._scope_reported: Scope | None = None
         self._shown_scope = ""
         self._running = False
@@ -196,7 +194,7 @@ class Daemon:
         stack.push_async_callback(console.stop)
         api = self._make_api(published)
         self._traffic.open = lambda: api.in_flight
-        self._traffic.node, self._traffic.standing = net.node_id, self._standing
+        self._traffic.node, self._traffic.standing = net.node_id, self._others.standing
         api_port = await self._start_api(api)
         stack.push_async_callback(api.stop)
         base = api_base(self._settings.listen, api_port)
@@ -205,8 +203,6 @@ class Daemon:
         # The invite: others can be told before a model is fetched or loaded.
         await net.bind()
         stack.push_async_callback(net.endpoint.close)
-        if net.lost_port:
-            published.notices.add(lost_port_notice(net))
         self._show_invite(net)
 
         # The machine: its engine, its memory, the models on its disk. A missing model is fetched.
@@ -217,9 +213,9 @@ class Daemon:
         )
 
         # The core, and the capabilities around it.
-        core = self._core = make_core(self._surroundings(net, published), machine, api, gpu, stack)
+        core = self._core = self._others.core = make_core(self._surroundings(net, published), machine, api, gpu, stack)
         api.use_engines(core.engines, core.engines.caches, core.engines.guessing)
-        api.use_mesh(net.open_http)
+        api.use_mesh(net.open_http, self._others.stranger_source, net.cut_off)
         api.use_models(DescribedModels(core.node, machine.registry, self._post))
         self._make_receipts(core, api, stack)
         listing = ListingSwitch(core.node, settings.discovery, settings.mesh_name, PublicationConsent(home), self._post)
@@ -231,19 +227,22 @@ class Daemon:
             pid=os.getpid(),
             home=str(home.shared),
         )
-        status = self._make_status(core, api, listing, info)
+        management = Management(self._settings, home, core, api, listing, self._others.name_of, self._post)
+        status = management.status(info, self._traffic, lambda: self._clock() - self._began, self._supervision)
 
         # The network, and the core's first event.
         net.serve_http(api.serve_peer)
         await net.start()
         stack.push_async_callback(net.close)
+        for notice in port_notices(net):
+            published.notices.add(notice)
         stack.push_async_callback(core.publisher.close)
         scope = TaskScope("daemon")
         stack.push_async_callback(scope.close)
-        driving = await self._start_core(core, scope)
+        driving = await self._start_core(core, api, scope)
 
         # The console answers.
-        capabilities = self._capabilities(core, api, listing, status, stack)
+        capabilities = management.capabilities(status.status, self._configuration, stack)
         await console.start(*capabilities, api.trusted_app)
         self._write_holder(api_port, console, core.node)
         stack.callback(home.clear_holder)
@@ -325,6 +324,8 @@ class Daemon:
             keys=settings.api_keys,
             key_limits=settings.key_limits,
             usage_file=self._home.root / "usage.json",
+            stranger_limits=settings.stranger_limits,
+            stranger_file=self._home.root / "strangers.json",
             queue_wait=settings.queue_wait,
             resume_wait=settings.resume_wait,
             load_wait=settings.load_wait,
@@ -334,13 +335,15 @@ class Daemon:
         )
         api = ApiServer(config, published, self._traffic, self._clock)
         api.use_names(settings.default_model, Aliases(settings.aliases))
+        self._others.owners = lambda: api.owners
         return api
 
     def _make_receipts(self, core: Core, api: ApiServer, stack: AsyncExitStack) -> None:
         """Let the API make receipts, signed with this node's key."""
-        facts = ReceiptFacts(core.node, core.machine.registry, ChunkDigestStore(self._home.cache / "chunks"))
+        chunks = ChunkDigestStore(self._home.cache / "chunks")
+        facts = ReceiptFacts(core.node, core.machine.registry, chunks, core.split_host.wire_of)
         stack.push_async_callback(facts.close)
-        api.use_notary(facts.notary(core.net.credentials.key, self._name_of))
+        api.use_notary(facts.notary(core.net.credentials.key, self._others.name_of))
 
     def _follow_configuration(self, core: Core, api: ApiServer, log: DaemonLog, stack: AsyncExitStack) -> None:
         """Take new settings from now on, as far as they can change while the node runs."""
@@ -360,6 +363,7 @@ class Daemon:
             api.use_names(settings.default_model, Aliases(settings.aliases))
             api.use_access(settings.api_keys, settings.allow_origins)
             api.use_limits(settings.key_limits)
+            api.strangers.use_limits(settings.stranger_limits)
             self._console_keys.use(console_keys(settings))
             log.use_level(settings.log_level)
             self._post(SettingsChanged(options=options, models=settings.model_settings))
@@ -394,13 +398,14 @@ class Daemon:
             clock=self._clock,
             on_progress=self._on_progress,
             post=self._post,
-            members=self._members,
-            standing=self._standing,
-            name_of=self._name_of,
+            members=self._others.members,
+            standing=self._others.standing,
+            known=self._others.known,
+            name_of=self._others.name_of,
             prompt_cache_key=self._secret if self._saves_slots else None,
         )
 
-    async def _start_core(self, core: Core, scope: TaskScope) -> asyncio.Task[object]:
+    async def _start_core(self, core: Core, api: ApiServer, scope: TaskScope) -> asyncio.Task[object]:
         """Send the core its first event, and start everything that informs it. Returns the driver's task."""
         settings, machine, net = self._settings, core.machine, core.net
         await watch_owner(settings.yields, self._post, self._on_progress, scope)
@@ -418,72 +423,18 @@ class Daemon:
         )
         self._report_split_scope()
         core.performance.begin(self._traffic)
+        core.trust.begin()
         driving = scope.spawn(core.driver.run(), "driver")
         scope.supervise(self._traffic.run, "traffic")
+        if settings.canaries and not settings.client:
+            api.use_canaries(core.canaries.worked)
+            scope.supervise(core.canaries.run, "canaries")
         if machine.source is not None:
             scope.supervise(partial(watch_library, settings.models_dirs, machine, self._post), "models")
             scope.supervise(core.setup.run, "engine setup")
             startup = StartupDownload(settings, machine, core.fetcher, self._post, core.published, self._on_progress)
-            scope.spawn(startup.run(lambda: bool(self._members())), "startup download")
+            scope.spawn(startup.run(lambda: bool(self._others.members())), "startup download")
         return driving
-
-    def _capabilities(
-        self, core: Core, api: ApiServer, listing: ListingSwitch, status: StatusBuilder, stack: AsyncExitStack
-    ) -> tuple[DaemonManagement, Capabilities]:
-        """What the console may ask for. A client has no models of its own, and no listing."""
-        machine = core.machine
-        management = DaemonManagement(
-            core.node, machine.registry, core.published, core.net, post=self._post, status=status.status
-        )
-        downloads = Downloads(self._settings, machine, core.fetcher, self._post, core.published, management.load)
-        stack.push_async_callback(downloads.close)
-        serves, caches = machine.source is not None, core.engines.caches
-        if serves:
-            register = partial(register_fetched, self._settings, machine, self._post)
-            blobs = self._home.cache / "uploads"
-            changes = core.published.changes
-            api.use_store(ClientsModels(core.node, machine.registry, downloads, changes, register, blobs))
-        return management, Capabilities(
-            library=ModelLibrary(core.node, machine.registry, status.status).library if serves else None,
-            downloader=downloads if serves else None,
-            approvals=Approvals(core.net.approvals),
-            listing=listing if serves else None,
-            plan=core.performance.plan if serves else None,
-            configuration=self._configuration,
-            decisions=named_decisions(api.traces, self._name_of),
-            history=api.traces.hour.history,
-            clear_prompt_caches=partial(self._clear_prompt_caches, caches) if caches is not None else None,
-        )
-
-    async def _clear_prompt_caches(self, caches: SlotCaches) -> StatusPromptCaches:
-        return caches_status(caches, await caches.clear(), self._settings.prompt_cache_bytes)
-
-    def _prompt_caches(self, caches: SlotCaches | None) -> StatusPromptCaches | None:
-        return None if caches is None else caches_status(caches, caches.usage, self._settings.prompt_cache_bytes)
-
-    def _make_status(self, core: Core, api: ApiServer, listing: ListingSwitch, info: DaemonInfo) -> StatusBuilder:
-        net, performance, tokens = core.net, core.performance, self._traffic.tokens
-        sources = StatusSources(
-            invite=net.invite_book.standing,
-            scope_of=lambda node: scope.word if (scope := net.scope_of(node)) is not None else "",
-            transport_of=lambda node: net.transport_of(node) or ("", ""),
-            requests=api.summary,
-            uptime=lambda: self._clock() - self._began,
-            connected=net.connections.nodes,
-            approvals=Approvals(net.approvals).waiting,
-            listing=listing.status,
-            split=lambda: split_status(
-                core.node, core.split_host.session, tokens, performance.split_speed, performance.prompt_speed
-            ),
-            predict=performance.solo_speed,
-            prompts=performance.prompt_speed,
-            guessing=core.engines.guessing.describe,
-            lending=lambda: core.machine.lending,
-            engine_parts=lambda: core.setup.parts,
-            prompt_caches=lambda: self._prompt_caches(core.engines.caches),
-            needs_key=lambda: api.needs_key,
-        )
-        return StatusBuilder(core.node, info, sources, self._supervision)
 
     def _join_failed(self, error: BaseException) -> None:
         """That a mesh admits this node never is no fault inside: `_until_ended` says it, and what follows."""
@@ -532,23 +483,6 @@ class Daemon:
         )
         self._home.write_holder(holder)
 
-    # What the capabilities ask for.
-
-    def _members(self) -> Sequence[Member]:
-        return self._core.node.members if self._core is not None else ()
-
-    def _standing(self, node: NodeId) -> Standing:
-        """Who another node is that asks for a model, or that has or wants a prompt cache."""
-        core = self._core
-        if core is None:
-            return "stranger"
-        wishes = ((one.announcement.node, one.announcement.publicity) for one in core.node.members)
-        return core.net.standing_of(node, {publisher for publisher, wish in wishes if wish and not wish.marked})
-
-    def _name_of(self, node: NodeId) -> str:
-        """A node's name for people."""
-        return (self._core.node.names.get(node) if self._core is not None else None) or node[:10]
-
     def _post(self, event: AnyEvent) -> None:
         """Hand an event to the core."""
         if self._core is None:
@@ -583,12 +517,6 @@ class Daemon:
                 self._core.published.notices.add(Notice(level=NoticeLevel.INFO, code="scope_changed", text=text))
             self._scope_reported = scope
             self._core.driver.post(SplitScope(granted=scope >= Scope.SPLIT, scope=scope.word))
-
-
-def api_base(listen: str, port: int) -> str:
-    """The API's URL for clients on this machine."""
-    host = "127.0.0.1" if listen in {"0.0.0.0", "::", "localhost"} else listen  # noqa: S104 - compared, not bound
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 def _report_soon(loop: asyncio.AbstractEventLoop, report: OnProblem, code: str, text: str) -> None:

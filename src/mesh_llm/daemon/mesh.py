@@ -1,5 +1,7 @@
 """This node's connection to its mesh: how it is made from the settings, and how it joins."""
 
+from collections.abc import Iterator
+
 from mesh_llm import __version__
 from mesh_llm.core.types.announcement import Announcement, Ownership
 from mesh_llm.core.types.effects import Notice, NoticeLevel
@@ -76,15 +78,22 @@ async def join(net: MeshNet, notices: NoticeLog, on_progress: ProgressListener) 
     if report.admitted is None:
         on_progress(Stage(name="mesh", text="nobody answers yet; still trying", done=False))
         return False
-    on_progress(Stage(name="mesh", text=f"joined by {report.admitted[:12]}", done=True))
+    on_progress(Stage(name="mesh", text=f"joined through node {report.admitted[:12]}", done=True))
     notices.add(Notice(level=NoticeLevel.INFO, code="mesh_joined", text="Joined the mesh.", about=report.admitted))
     return True
 
 
-def lost_port_notice(net: MeshNet) -> Notice:
-    """The UDP port of the last run is taken, and this node has another one."""
-    text = (
-        f"UDP port {net.lost_port}, which this node had before, is used by another program: this node has port "
-        f"{net.endpoint.ports[0]} now. Invites made before lead to the old one. A new one: mesh-llm status"
-    )
-    return Notice(level=NoticeLevel.WARNING, code="quic_port_moved", text=text)
+def port_notices(net: MeshNet) -> Iterator[Notice]:
+    """What the user is told of ports that other programs have: those of the last run, and those of `--quic-port`."""
+    if net.lost_port:
+        text = (
+            f"UDP port {net.lost_port}, which this node had before, is used by another program: this node has port "
+            f"{net.endpoint.ports[0]} now. Invites made before lead to the old one. A new one: mesh-llm status"
+        )
+        yield Notice(level=NoticeLevel.WARNING, code="quic_port_moved", text=text)
+    if net.tls_listener.taken:
+        text = (
+            f"TCP port {net.tls_listener.taken} of --quic-port is used by another program: other nodes may reach this "
+            "one over QUIC only, which is slower. End that program, or choose another port: --quic-port PORT"
+        )
+        yield Notice(level=NoticeLevel.WARNING, code="tcp_port_taken", text=text)

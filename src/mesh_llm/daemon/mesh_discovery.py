@@ -92,7 +92,8 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
         raise MeshError(
             code="no_mesh_found",
             message=message,
-            hint="Start one: mesh-llm --model NAME --publish. All that are listed: mesh-llm discover",
+            hint="Start one: mesh-llm --model NAME --publish. All that are listed: mesh-llm discover"
+            + (". Most let others only ask: to use one, add --client" if self.seen and wish.scope != "client" else ""),
             status=404,
         )
 

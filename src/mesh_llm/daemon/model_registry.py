@@ -31,7 +31,7 @@ from mesh_llm.models.library.files import known_stores
 from mesh_llm.models.library.library import FactsCache, Library, LocalModel, model_directories, scan
 from mesh_llm.models.library.resolve import Remote, interpret, looks_like_path, resolve
 from mesh_llm.models.library.watch import watch
-from mesh_llm.runtime.home import Home
+from mesh_llm.runtime.home import Home, expand
 
 DEFAULT_MODEL = "tiny"
 
@@ -239,6 +239,9 @@ async def probe_machine(settings: Settings, home: Home, on_progress: ProgressLis
     # About the embedded engine's GPU more is said, once that is decided.
     for unused in measured.unused if source.name != EMBEDDED else ():
         on_progress(NoticeShown(level=NoticeLevel.WARNING, code="device_unused", text=unused))
+    for missing in (one for one in settings.models_dirs if not expand(one).is_dir()):
+        text = f"--models-dir {missing} is not there: it is looked at again while the node runs. Check its path."
+        on_progress(NoticeShown(level=NoticeLevel.WARNING, code="no_models_dir", text=text))
     library = await asyncio.to_thread(scan, model_directories(settings.models_dirs), cache, stores=known_stores())
     count = len(library.models)
     on_progress(Stage(name="models", text=f"{count} on disk" if count else "none on disk", done=True))

@@ -5,7 +5,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import structlog
@@ -56,15 +56,19 @@ class ModelSharing:
         members: Callable[[], Sequence[Member]],
         name_of: Callable[[NodeId], str],
         limit: RateLimit | None,
+        may_have: Callable[[NodeId], bool] = lambda _: True,
     ) -> None:
-        """`limit`: of the bytes that are sent; None: this node seeds nothing."""
+        """`limit`: of the bytes that are sent; None: this node seeds nothing. `may_have`: whether a node gets files."""
         self._net = net
         self._registry = registry
         self._digests = digests
         self._members = members
         self._name_of = name_of
+        self._may_have = may_have
         self._seeder = Seeder(self._seeded, digests, limit) if limit is not None else None
         self._distrusted: dict[NodeId, float] = {}
+        self.doubted: Callable[[], Collection[tuple[ModelName, NodeId]]] = tuple
+        """Models on nodes that canaries found to answer otherwise than the file: it is not taken from them."""
         if self._seeder is not None:
             net.streams.register(StreamType.MODEL, self._serve, scope=Scope.SERVE, per_peer=_STREAMS_PER_PEER)
 
@@ -72,16 +76,18 @@ class ModelSharing:
         """The nodes that share this file, the nearest first, without those that sent wrong data in the last hour."""
         now = time.monotonic()
         self._distrusted = {node: until for node, until in self._distrusted.items() if until > now}
-        found = [member.announcement.node for member in file_sources(self._members(), name, fingerprint)]
+        sources = file_sources(self._members(), name, fingerprint, self.doubted())
+        found = [member.announcement.node for member in sources]
         return [node for node in found if node not in self._distrusted]
 
     def shared(self) -> list[ModelFacts]:
         """The models that other nodes share, by name. If their files differ, the one that most nodes have."""
+        doubted = self.doubted()
         held: dict[tuple[ModelName, str], list[ModelFacts]] = {}
         for member in self._members():
             if member.announcement.shares:
                 for facts in member.announcement.on_disk:
-                    if facts.fingerprint:
+                    if facts.fingerprint and (facts.name, member.announcement.node) not in doubted:
                         held.setdefault((facts.name, facts.fingerprint), []).append(facts)
         best: dict[ModelName, ModelFacts] = {}
         for (name, _), copies in sorted(held.items(), key=lambda item: (-len(item[1]), item[0])):
@@ -155,7 +161,8 @@ class ModelSharing:
 
     async def _serve(self, stream: PeerStream, peer: Peer, parameters: bytes) -> None:
         assert self._seeder is not None  # noqa: S101 - registered only with a seeder
-        await self._seeder.serve(stream, peer.node, parameters)
+        refusal = "" if self._may_have(peer.node) else "it sends no files to nodes that came by a public listing"
+        await self._seeder.serve(stream, peer.node, parameters, refusal)
 
     async def _open(self, node: NodeId, parameters: bytes) -> BulkStream:
         return await self._net.open(node, StreamType.MODEL, parameters, Scope.SERVE)

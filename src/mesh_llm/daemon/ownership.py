@@ -74,6 +74,13 @@ def accept(home: Home, text: str) -> Owned:
     return owned
 
 
+def take_back(home: Home) -> bool:
+    """Forget an owner's statement about the node of this home; returns whether there was one."""
+    found = home.ownership.exists()
+    home.ownership.unlink(missing_ok=True)
+    return found
+
+
 def kept_ownership(home: Home) -> Owned | None:
     """The statement in this home, if there is one that holds, whichever node it is about."""
     text = _read(home.ownership)

@@ -1,17 +1,16 @@
-"""How fast this machine, the ways to other nodes and planned models are: measured, learned and predicted."""
+"""How fast models run or would run: predicted from the speeds of machines and links, and compared with answers."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from mesh_llm.core.node import Node
+from mesh_llm.core.performance.calibration import PredictPrompt, PromptScore, PromptSpeed
 from mesh_llm.core.performance.plan import PlanAnswer, PlanInput, PlanRequest, make_plan
 from mesh_llm.core.performance.prediction import (
-    PROMPT_TOKENS,
-    Calibration,
     Link,
     SplitSeconds,
     offload_seconds,
@@ -27,184 +26,29 @@ from mesh_llm.core.split.eligibility import Barred, Obstacle
 from mesh_llm.core.split.outlook import candidate_of, would_be
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
+from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.core.types.ids import ModelName, NodeId, Term
 from mesh_llm.core.types.model import LaunchOptions, ModelFacts, ModelStatus, Role, Speed, SplitLayout, Wire
 from mesh_llm.core.types.model_settings import guesses_alone
 from mesh_llm.daemon.link_meter import LinkMeter, Measured
 from mesh_llm.daemon.model_fetcher import published_facts
 from mesh_llm.daemon.model_registry import Machine, ModelRegistry
+from mesh_llm.daemon.speed_meter import SpeedMeter
 from mesh_llm.daemon.traffic import TrafficMeter
-from mesh_llm.engine.spec import CPU_DEVICE
-from mesh_llm.engine.speed import FILE, keep_experience, machine_key, read_experience, speed_with
 from mesh_llm.models.library.library import LocalModel
 from mesh_llm.models.library.resolve import looks_like_path
 from mesh_llm.net.mesh import MeshNet
 from mesh_llm.runtime.home import Home
-from mesh_llm.runtime.supervision import TaskScope, WriteHealth
+from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.streams import Facts
 
-_QUIET_SECONDS = 30.0
-_KEEP_SECONDS = 60.0
-_ANNOUNCE_FACTOR = 1.1
-"""The speed is announced again when it changes by this factor: each announcement goes to all nodes."""
-
-Probe = Callable[[tuple[str, ...]], Awaitable[Speed | None]]
-"""Measures the named devices, in a second or two."""
-
-
-class SpeedMeter:
-    """Measures this machine's speed, one measurement at a time, and reports it to the core. Without an engine: none."""
-
-    def __init__(
-        self,
-        home: Home,
-        machine: Machine,
-        post: Callable[[AnyEvent], None],
-        *,
-        probe: Probe | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """`clock`: the time of day, because what is learned is kept over restarts."""
-        self._path = home.cache / FILE
-        self._machine = machine
-        self._able = machine.source is not None
-        self._post = post
-        self._probe = probe or _probe_of(machine, home)
-        self._clock = clock
-        self._scope = TaskScope("speed")
-        self._health = WriteHealth("what was learned of this machine's speed", "It is learned again.")
-        self._measuring: asyncio.Task[None] | None = None
-        self._key = machine_key(machine.capacity, machine.devices)
-        self._announced: Speed | None = None
-        self._kept_at = clock()
-        self._wanted = False
-        self._busy: Callable[[], bool] = lambda: False
-        self.experience = read_experience(self._path, self._key) if self._able else None
-
-    @property
-    def now(self) -> float:
-        """The present, by the clock of `experience`."""
-        return self._clock()
-
-    def begin(self, busy: Callable[[], bool]) -> None:
-        """Report the known speed. An unknown or outdated one is measured when the node is at rest."""
-        self._busy = busy
-        self._report()
-        if self._able:
-            self._scope.supervise(self._at_rest, "at rest")
-
-    async def speed(self) -> Speed | None:
-        """The present speed; None if it cannot be measured.
-
-        It is measured now if it never was, or if the measurement is old and the node is at rest.
-        """
-        learned = self.experience
-        if self._able and (learned is None or (learned.stale(self.now) and not self._busy())):
-            if self._measuring is None or self._measuring.done():
-                self._measuring = self._scope.spawn(self._measure(), "measure")
-            await asyncio.shield(self._measuring)
-        return None if self.experience is None else self.experience.current_speed(self.now)
-
-    def observed(self, facts: ModelFacts, seconds: float, *, drafted: bool) -> None:
-        """A token of a model took `seconds`, alone on this machine."""
-        if self.experience is not None:
-            self._learn(self.experience.observed(facts, seconds, self.now, drafted=drafted))
-
-    def observed_split(self, predicted: SplitSeconds, seconds: float) -> None:
-        """A token of a split model that this node hosts took `seconds`."""
-        if self.experience is not None:
-            self._learn(self.experience.observed_split(predicted, seconds))
-
-    def observed_prompt(self, facts: ModelFacts, tokens: int, seconds: float) -> None:
-        """A prompt of so many new tokens was read in `seconds`, alone on this machine."""
-        if self.experience is not None:
-            self._learn(self.experience.observed_prompt(facts, tokens, seconds, self.now))
-
-    def observed_split_prompt(self, predicted: SplitSeconds, tokens: int, seconds: float) -> None:
-        """The same of a split model that this node hosts."""
-        if self.experience is not None:
-            self._learn(self.experience.observed_split_prompt(predicted, tokens, seconds))
-
-    async def close(self) -> None:
-        """Stop measuring, and save what was learned."""
-        await self._scope.close()
-        await self._keep()
-
-    async def devices_changed(self) -> None:
-        """The machine uses other devices from now on: they are measured at the next rest."""
-        if self._measuring is not None:
-            await asyncio.wait({self._measuring})
-        self._key = machine_key(self._machine.capacity, self._machine.devices)
-        self.experience = read_experience(self._path, self._key) if self._able else None
-        self._announced = None
-        self._wanted = self.experience is None
-        self._report()
-
-    async def _at_rest(self) -> None:
-        """Measure at the first rest, and again when observed speeds disagree for long. Save what was learned."""
-        self._wanted = self.experience is None or self.experience.stale(self.now)
-        while True:
-            await asyncio.sleep(_QUIET_SECONDS)
-            self._wanted |= self.experience is not None and self.experience.disagrees(self.now)
-            if self._wanted and not self._busy():
-                self._wanted = False
-                await self.speed()
-            elif self.now > self._kept_at + _KEEP_SECONDS:
-                await self._keep()
-
-    async def _measure(self) -> None:
-        speed = await self._probe(self._machine.devices)
-        if speed is None:
-            return
-        # What does not fit a GPU is computed beside it.
-        beside = await self._probe((CPU_DEVICE,)) if self._machine.capacity.host_bytes else None
-        before, now = self.experience or Calibration(speed=speed, probed_at=0.0), self.now
-        self._learn(before.probed(speed, now, beside or Speed()))
-        await self._keep()
-
-    def _learn(self, learned: Calibration) -> None:
-        self.experience = learned
-        self._report()
-
-    def _report(self) -> None:
-        if self.experience is None:
-            return
-        speed, before = self.experience.current_speed(self.now), self._announced
-        if before is None or not 1 / _ANNOUNCE_FACTOR < speed.full.f16 / max(1, before.full.f16) < _ANNOUNCE_FACTOR:
-            self._announced = speed
-            self._post(SpeedMeasured(speed=speed, host_speed=self.experience.host))
-
-    async def _keep(self) -> None:
-        self._kept_at = self.now
-        if self.experience is not None:
-            await asyncio.to_thread(keep_experience, self._path, self._key, self.experience, self._health)
-
-
-def _probe_of(machine: Machine, home: Home) -> Probe:
-    async def probe(devices: tuple[str, ...]) -> Speed | None:
-        return None if machine.source is None else await speed_with(machine.source, devices, home.cache)
-
-    return probe
-
-
 _LEAST_ONE_WAY = 0.0002
 _MOST_MEASURED = 16
-_PROMPT_PART = 0.3
-"""Of the latest prompt in the measured speed."""
 _RETRY_SECONDS = 20.0
 _RETRY_MEASURE_SECONDS = 20.0
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class PromptSpeed:
-    """Tokens per second of a model's prompts here: predicted before the first one, for PROMPT_TOKENS; and measured."""
-
-    predicted: float | None = None
-    measured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -219,13 +63,13 @@ class _Forecast:
     prompt_lag: float
     wire: Wire
 
-    def token(self) -> SplitSeconds | None:
-        """Of one token."""
-        return wired_seconds(self.facts, self.layout, self.speeds, self.links, self.wire)
+    def token(self, context: int = 0) -> SplitSeconds | None:
+        """Of one token, after `context` others."""
+        return wired_seconds(self.facts, self.layout, self.speeds, self.links, self.wire, context)
 
-    def prompt(self, tokens: int) -> SplitSeconds | None:
-        """Of a prompt."""
-        return wired_prompt_seconds(self.facts, self.layout, self.speeds, self.links, self.wire, tokens)
+    def prompt(self, tokens: int, cached: int = 0) -> SplitSeconds | None:
+        """Of a prompt's new tokens, after `cached` others."""
+        return wired_prompt_seconds(self.facts, self.layout, self.speeds, self.links, self.wire, tokens, cached)
 
 
 class Planner:
@@ -248,7 +92,7 @@ class Planner:
         self._may_share = may_share
         self._changed = changed
         self._forecasts: dict[tuple[str, SplitLayout], _Forecast | None] = {}
-        self._prompts: dict[tuple[ModelName, Term], PromptSpeed] = {}
+        self._prompts: dict[tuple[ModelName, Term], PromptScore] = {}
         self._alone: dict[tuple[ModelName, Term], float | None] = {}
         self._tried_at = 0.0
         self._scope = TaskScope("planner")
@@ -304,6 +148,7 @@ class Planner:
             split_lag=1.0 if experience is None else experience.split_lag,
             split_prompt_lag=1.0 if experience is None else experience.split_prompt_lag,
             wire=split.wire,
+            groups=split.groups,
             fetch=fetch,
         )
         return make_plan(ask, nodes, self._links(measured))
@@ -368,23 +213,29 @@ class Planner:
         launch = next((one for one in self._node.launches if one.model == model), None)
         if launch is None:
             return PromptSpeed()
-        return self._prompts.get((launch.model, launch.term)) or PromptSpeed(predicted=self._foreseen_prompt(launch))
+        known = self._prompts.get((launch.model, launch.term))
+        return (known or PromptScore.before_any(self._foreseen_prompt(launch))).speed
 
-    def _foreseen_prompt(self, launch: Launch) -> float | None:
+    def _foreseen_prompt(self, launch: Launch) -> PredictPrompt:
+        """The prediction of a model's prompts with what is known now."""
         facts, plan, experience = launch.order.facts, launch.order.plan, self._speeds.experience
         if plan.split is not None:
             forecast = self._forecasts.get((facts.name, plan.split))
-            read = None if forecast is None else forecast.prompt(PROMPT_TOKENS)
-            seconds = None if forecast is None or read is None else read.total(forecast.prompt_lag)
-        elif experience is None or (plan.offload is not None and plan.offload.divided(facts.layers)):
-            return None
-        else:
-            pace = experience.slowdown(self._speeds.now, besides=facts)
-            seconds = prompt_seconds(facts, experience.paced(pace.factor))
-        return None if seconds is None else per_second(seconds / PROMPT_TOKENS)
 
-    def observed(self, launch: Launch, seconds: float, *, guessed: bool = False) -> None:
-        """A token of a model that this node serves or hosts took `seconds`. Later predictions learn from it.
+            def together(tokens: int, cached: int) -> float | None:
+                read = None if forecast is None else forecast.prompt(tokens, cached)
+                return None if forecast is None or read is None else read.total(forecast.prompt_lag)
+
+            return together
+        if experience is None or (plan.offload is not None and plan.offload.divided(facts.layers)):
+            return lambda _tokens, _cached: None
+        speed = experience.paced(experience.slowdown(self._speeds.now, besides=facts).factor)
+        return lambda tokens, cached: prompt_seconds(facts, speed, tokens, cached)
+
+    def observed(self, launch: Launch, seconds: float, *, guessed: bool = False, context: int = 0) -> None:
+        """A token of a model that this node serves or hosts took `seconds` after `context` others.
+
+        Later predictions learn from it.
 
         An answer with guessed tokens says how often its text repeats itself, and nothing of the machine: it is learned
         from only where the engine always guesses.
@@ -401,37 +252,45 @@ class Planner:
             self._alone = {(launch.model, launch.term): self.solo_speed(launch), **others}
             # On GPU and processor together it says nothing of either.
             if plan.offload is None or not plan.offload.divided(facts.layers):
-                self._speeds.observed(facts, seconds, drafted=drafted)
+                self._speeds.observed(facts, seconds, drafted=drafted, context=context)
         elif not drafted and self.split_speed(facts, plan.split) is not None:
             forecast = self._forecasts[facts.name, plan.split]
-            predicted = None if forecast is None else forecast.token()
+            predicted = None if forecast is None else forecast.token(context)
             if predicted is not None:
                 self._speeds.observed_split(predicted, seconds)
 
-    def observed_prompt(self, launch: Launch, tokens: int, seconds: float) -> None:
-        """A prompt of so many new tokens of a model that this node serves or hosts was read in `seconds`."""
+    def observed_prompt(self, launch: Launch, tokens: int, seconds: float, cached: int = 0) -> None:
+        """So many new tokens of a prompt, after `cached` others, were read in `seconds`, here or over a split."""
         facts, plan = launch.order.facts, launch.order.plan
-        before, rate = self.prompt_speed(launch.model), tokens / seconds
-        mixed = rate if before.measured is None else before.measured + _PROMPT_PART * (rate - before.measured)
-        others = {key: speed for key, speed in self._prompts.items() if key[0] != launch.model}
-        self._prompts = {**others, (launch.model, launch.term): PromptSpeed(before.predicted, round(mixed, 2))}
+        key = (launch.model, launch.term)
+        score = self._prompts.get(key) or PromptScore.before_any(self._foreseen_prompt(launch))
+        others = {other: score for other, score in self._prompts.items() if other[0] != launch.model}
+        self._prompts = {**others, key: score.read(tokens, seconds, cached)}
         if plan.split is None:
             if plan.offload is None or not plan.offload.divided(facts.layers):
-                self._speeds.observed_prompt(facts, tokens, seconds)
+                self._speeds.observed_prompt(facts, tokens, seconds, cached)
             return
         forecast = self._forecasts.get((facts.name, plan.split))
-        predicted = None if forecast is None else forecast.prompt(tokens)
+        predicted = None if forecast is None else forecast.prompt(tokens, cached)
         if predicted is not None:
             self._speeds.observed_split_prompt(predicted, tokens, seconds)
 
-    async def choose_wire(self, facts: ModelFacts, layout: SplitLayout) -> Wire:
-        """How the activations of a split model that this node hosts shall travel; the forecast then counts on it."""
+    async def choose_wire(self, facts: ModelFacts, layout: SplitLayout) -> Wire | None:
+        """How the activations of a split model that this node hosts shall travel; the forecast then counts on it.
+
+        None where something of it cannot be measured.
+        """
         key = (facts.name, layout)
         self._forecasts = {key: self._forecasts.get(key)}
         self._tried_at = time.monotonic()
         await self._forecast(facts, layout)
         forecast = self._forecasts.get(key)
-        return Wire() if forecast is None else forecast.wire
+        return None if forecast is None else forecast.wire
+
+    def round_trips(self, layout: SplitLayout) -> tuple[float, ...]:
+        """To the workers of a layout, in milliseconds, as the mesh measures them all the time; 0.0: not known."""
+        known = {member.announcement.node: member.rtt_ms for member in self._node.members}
+        return tuple(known.get(share.node, 0.0) for share in layout.workers)
 
     async def _forecast(self, facts: ModelFacts, layout: SplitLayout) -> None:
         # Two at once would slow each other down.
@@ -450,7 +309,9 @@ class Planner:
             learned = self._speeds.experience
             lag, prompt_lag = (1.0, 1.0) if learned is None else (learned.split_lag, learned.split_prompt_lag)
             links = self._links(measured)
-            wire = choose_wire(self._node.config.split.wire, facts, layout, speeds, links)
+            before = self._forecasts[facts.name, layout]
+            present = Wire() if before is None else before.wire
+            wire = choose_wire(self._node.config.split.wire, facts, layout, speeds, links, present)
             found = _Forecast(facts, layout, speeds, links, lag, prompt_lag, wire)
             self._forecasts[facts.name, layout] = found if found.token() is not None else None
             self._changed()
@@ -599,6 +460,7 @@ class PerformanceServices:
         self.devices_changed = self._speeds.devices_changed
         self.split_speed = self._planner.split_speed
         self.choose_wire = self._planner.choose_wire
+        self.round_trips = self._planner.round_trips
         self.prompt_speed = self._planner.prompt_speed
 
     def begin(self, traffic: TrafficMeter) -> None:
@@ -612,14 +474,14 @@ class PerformanceServices:
         await self._planner.close()
         await self._speeds.close()
 
-    def _observe(self, model: str, tokens: int, seconds: float, guessed: int) -> None:
+    def _observe(self, model: str, tokens: int, seconds: float, guessed: int, context: int) -> None:
         """An answer of this node's own engine took so long, alone on the machine."""
         launch = next((one for one in self._node.launches if one.model == model), None)
         if launch is not None:
-            self._planner.observed(launch, seconds / tokens, guessed=guessed > 0)
+            self._planner.observed(launch, seconds / tokens, guessed=guessed > 0, context=context)
 
-    def _observe_prompt(self, model: str, tokens: int, seconds: float) -> None:
+    def _observe_prompt(self, model: str, tokens: int, seconds: float, cached: int) -> None:
         """A prompt was read by this node's own engine, alone on the machine."""
         launch = next((one for one in self._node.launches if one.model == model), None)
         if launch is not None:
-            self._planner.observed_prompt(launch, tokens, seconds)
+            self._planner.observed_prompt(launch, tokens, seconds, cached)

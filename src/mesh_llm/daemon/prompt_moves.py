@@ -10,7 +10,7 @@ import asyncio
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
@@ -21,7 +21,7 @@ import structlog
 from mesh_llm.core.performance.prompt_cache import LEAST_TOKENS, Mark, MoveSpeed
 from mesh_llm.core.types.announcement import Standing
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.ports import PromptElsewhere
+from mesh_llm.core.types.ports import PromptElsewhere, TransportSilentError
 from mesh_llm.daemon.link_meter import Measured
 from mesh_llm.engine.probe import post
 from mesh_llm.engine.supervisor import EngineReadyInfo
@@ -39,6 +39,7 @@ from mesh_llm.wire.llama_state import (
     common_tokens,
     read_state,
     rows,
+    streams_of,
     structure,
 )
 from mesh_llm.wire.mesh.admission import Scope
@@ -63,7 +64,9 @@ from mesh_llm.wire.mesh.streams import (
 _PER_PEER = 2
 _QUESTION_SECONDS = 5.0
 _LEAST_RATE = 2e6
-"""Bytes a second that an asker must take: a slower one would keep others waiting."""
+"""Bytes a second that an asker must take: the memory for a cache is not kept for a slower one."""
+_MOST_GIVEN = 2
+"""Caches that are given at once, to as many nodes: one that takes its time must not keep others waiting."""
 _PIECE = 1 << 20
 _BURST = 20.0
 _SECONDS_A_QUESTION = 3.0
@@ -165,7 +168,7 @@ class PromptMoves:
         self._standing = standing
         self._clock = clock
         self._peers: OrderedDict[NodeId, _Known] = OrderedDict()
-        self._giving = asyncio.Lock()
+        self._given_to: set[NodeId] = set()
         self._fetching = 0
         self._measuring = 0
         self._scope = TaskScope("prompt-moves")
@@ -214,7 +217,13 @@ class PromptMoves:
             return 0
         self._fetching += 1
         try:
-            tokens = await self._fetch(wanted, file, worth)
+            try:
+                tokens = await self._fetch(wanted, file, worth)
+            except TransportSilentError:
+                # Only TCP to the holder is silent, and it has dropped the question: a new stream takes QUIC.
+                file.seek(0)
+                file.truncate()
+                tokens = await self._fetch(wanted, file, worth)
         except (_NothingError, OSError) as error:
             _log.info("prompt cache not moved", node=wanted.node[:10], reason=str(error))
             return 0
@@ -314,17 +323,19 @@ class PromptMoves:
             raise _NothingError("it gives none to nodes that came by a public listing")
         if not self._may_ask(asker):
             raise _NothingError("it asks too often")
-        if self._giving.locked():
-            raise _NothingError("another cache is given now")
+        if asker in self._given_to or len(self._given_to) >= _MOST_GIVEN:
+            raise _NothingError("other caches are given now")
         key = cache_key(asker, self._net.node_id, asked.nonce)
         proofs = frozenset(question.marks)
-        async with self._giving:
+        self._given_to.add(asker)
+        try:
             held = await self._holdings.held(asked.identity, lambda mark: mark_proof(mark, key) in proofs)
             if held is None:
                 raise _NothingError("it has no such cache")
             with held.file as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                state = await asyncio.to_thread(read_state, data, held.layout)
+                # It may have been saved by an engine with another number of slots.
+                state = await asyncio.to_thread(read_state, data, streams_of(data, held.layout))
                 if isinstance(state, Malformed):
                     # Not a fault: a cache of a kind that is not understood.
                     raise _NothingError("its cache is of another kind")
@@ -336,24 +347,23 @@ class PromptMoves:
                 async with asyncio.timeout(_QUESTION_SECONDS):
                     if await stream.read_frame(len(WANTED)) != WANTED:
                         return
-                async with asyncio.timeout(_QUESTION_SECONDS + size / _LEAST_RATE):
-                    await self._send(stream, data, state, count)
+                await self._send(stream, data, state, count)
+        finally:
+            self._given_to.discard(asker)
         self.count.given += 1
         self.count.given_bytes += size
         _log.info("prompt cache given", node=asker[:10], tokens=count, bytes=size)
 
     async def _send(self, stream: PeerStream, data: memoryview, state: State, count: int) -> None:
-        waiting = bytearray()
-        for piece in rows(data, state, count):
-            for at in range(0, len(piece), _PIECE):
-                waiting += piece[at : at + _PIECE]
-                if len(waiting) >= _PIECE:
-                    await self._take(len(waiting))
-                    await stream.write(bytes(waiting))
-                    waiting.clear()
-        if waiting:
-            await self._take(len(waiting))
-            await stream.write(bytes(waiting))
+        """Send the rows. Raises TimeoutError as soon as the asker is too slow, not at the end; see `_LEAST_RATE`."""
+        clock = asyncio.get_running_loop().time
+        sent, seconds = 0, 0.0
+        for piece in _pieces(rows(data, state, count)):
+            await self._take(len(piece))
+            began = clock()
+            async with asyncio.timeout(_QUESTION_SECONDS + sent / _LEAST_RATE - seconds):
+                await stream.write(piece)
+            sent, seconds = sent + len(piece), seconds + clock() - began
 
     def _may_ask(self, node: NodeId) -> bool:
         known, now = self._known(node), self._clock()
@@ -363,6 +373,19 @@ class PromptMoves:
             return False
         known.questions += 1.0
         return True
+
+
+def _pieces(parts: Iterable[memoryview]) -> Iterator[bytes]:
+    """The same bytes in pieces that are worth a write."""
+    waiting = bytearray()
+    for part in parts:
+        for at in range(0, len(part), _PIECE):
+            waiting += part[at : at + _PIECE]
+            if len(waiting) >= _PIECE:
+                yield bytes(waiting)
+                waiting.clear()
+    if waiting:
+        yield bytes(waiting)
 
 
 async def _receive(stream: PeerStream, file: BinaryIO, size: int) -> None:

@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import structlog
 
-from mesh_llm.console.schema import NoticeRecord, SignInLink, Status
+from mesh_llm.console.schema import NoticeRecord, SignInLink
+from mesh_llm.console.status import Status
 from mesh_llm.core.routing.ranking import HealthState, RoutingSnapshot, health
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.types.ids import NodeId

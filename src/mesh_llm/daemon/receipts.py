@@ -24,11 +24,17 @@ _log = structlog.get_logger(__name__)
 class ReceiptFacts:
     """Facts for receipts. The digest of a large file takes a while: it is computed once, from the first request on."""
 
-    def __init__(self, node: Node, registry: ModelRegistry, digests: ChunkDigestStore) -> None:
-        """`digests`: of model files; those that are known are not computed again."""
+    def __init__(
+        self, node: Node, registry: ModelRegistry, digests: ChunkDigestStore, wire: Callable[[ModelName], str]
+    ) -> None:
+        """`digests`: of model files; those that are known are not computed again.
+
+        `wire`: how activations of a model that is split here travel, in words; empty for other models.
+        """
         self._node = node
         self._models = registry
         self._digests = digests
+        self._wire = wire
         self._contents: dict[tuple[ModelName, int], bytes] = {}
         self._computing: set[tuple[ModelName, int]] = set()
         self._one_at_a_time = asyncio.Lock()
@@ -87,6 +93,7 @@ class ReceiptFacts:
             context=launch.context,
             engine=self._node.capacity.engine,
             cache_type=plan.cache_type,
+            wire_type=self._wire(model) if plan.split is not None else "",
             system_prompt=bool(self._node.settings_of(model).system_prompt),
             workers=tuple(share.node for share in plan.split.workers) if plan.split is not None else (),
         )

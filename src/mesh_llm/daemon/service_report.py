@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from mesh_llm.console.schema import Status
+from mesh_llm.console.status import Status
 from mesh_llm.core.config import Timings
 from mesh_llm.daemon.published_state import ChangeSignal, Progress, ProgressListener, Stage
 from mesh_llm.service_manager.notify import Notifier

@@ -8,8 +8,10 @@ import msgspec
 
 from mesh_llm.api.types import KeyLimit
 from mesh_llm.core.config import OnDemandPolicy, SplitOptions, YieldPolicy
+from mesh_llm.core.trust.canary_plan import DEFAULT_SHARE
 from mesh_llm.core.trust.circle import Privacy
-from mesh_llm.core.types.announcement import ListingPolicy
+from mesh_llm.core.trust.strangers import StrangerLimits
+from mesh_llm.core.types.announcement import ListingPolicy, ListingScope
 from mesh_llm.core.types.ids import OwnerId
 from mesh_llm.core.types.model import LaunchOptions
 from mesh_llm.core.types.model_settings import ModelSettings
@@ -19,6 +21,8 @@ API_PORT = 9337
 CONSOLE_PORT = 3131
 LISTING_PERIOD = 60.0
 PROMPT_CACHE_BYTES = 4 * 10**9
+PUBLISH_SCOPE: ListingScope = "client"
+"""What the invite of a listing permits, unless the user says otherwise (`--publish-scope`)."""
 
 
 class DiscoverySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +97,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         allow_hosts: further names by which API and console may be asked (`--allow-host`).
         allow_origins: pages and programs that may use the API from a browser (`--allow-origin`).
         key_limits: limits of API keys by name (`--key-limit`).
+        stranger_limits: quotas of nodes that came by a public listing (`--stranger-limit`).
         api_keys: keys that requests must show; empty on loopback only.
         max_memory_bytes: cap on what models may take (`--max-vram`).
         devices: `--device` picks; empty: all.
@@ -116,12 +121,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         lan: announce this mesh on the local network, find one there, and let others ask to join (`--lan`).
         mesh_name: what people call this mesh; with `lan` and without a token, which one to join.
         seed: send model files to other nodes of the mesh (not with `--no-seed`).
+        seed_strangers: send them also to nodes that came by a public listing (`--seed-strangers`).
         seed_limit: most bytes a second that are sent to them (`--seed-limit`); None: no limit.
         yes: fetch the default model, and install what the GPU needs, without asking (`--yes`).
         default_model: answers requests that name no model, or one that no node of the mesh knows (`--default-model`).
         store: keep answers to Responses, so that clients can come back to them (not with `--no-store`).
         privacy: how far prompts of this node's clients may go (`--privacy`).
         group: owners whose nodes may see them with `group` (`--group`).
+        canaries: check hosts now and then (not with `--canaries off`).
+        canary_share: part of the work of clients' requests that this may add (`--canary-share`).
         receipts: make a signed receipt for each answer (`--receipts`); else where a request asks for one.
         drain: seconds that answers under way may take when the node is told to end (`--drain`).
         queue_wait: seconds that a request may wait for its model, and then for a place there (`--queue-wait`).
@@ -153,6 +161,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_origins: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     key_limits: Mapping[str, KeyLimit] = {}
+    stranger_limits: StrangerLimits = StrangerLimits()
     max_memory_bytes: int | None = None
     devices: tuple[str, ...] = ()
     gpu: str = "auto"
@@ -172,12 +181,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lan: bool = False
     mesh_name: str = ""
     seed: bool = True
+    seed_strangers: bool = False
     seed_limit: float | None = None
     yes: bool = False
     default_model: str = ""
     store: bool = True
     privacy: Privacy = Privacy.ANY
     group: tuple[OwnerId, ...] = ()
+    canaries: bool = True
+    canary_share: float = DEFAULT_SHARE
     receipts: bool = False
     drain: float = 30.0
     queue_wait: float = 60.0

@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -157,21 +158,60 @@ def wire_of(formats: WireFormats) -> Wire:
     return Wire(prompts=prompts.prompts, tokens=tokens.tokens)
 
 
-ChooseWire = Callable[[ModelFacts, SplitLayout], Awaitable[Wire]]
-"""How activations shall travel with `auto`, by the links as they are measured now."""
+ChooseWire = Callable[[ModelFacts, SplitLayout], Awaitable[Wire | None]]
+"""How activations shall travel with `auto`, by the links as they are measured now; None: that is not known."""
+
+_LOOK_SECONDS = 10.0
+_LINKS_SECONDS = 900.0
+"""After this time links are measured again, if nothing seems to have changed. That takes some megabytes on each."""
+
+_MOVED, _MOVED_MS = 2.0, 1.0
+"""A link has changed if its round trip is so many times as long or as short, by so much at least."""
 
 
-async def _as_it_is(_facts: ModelFacts, _layout: SplitLayout) -> Wire:
-    return Wire()
+async def _as_it_is(_facts: ModelFacts, _layout: SplitLayout) -> Wire | None:
+    return None
+
+
+async def _at_once(_model: ModelName) -> None:
+    """Nobody asks."""
+
+
+async def _look() -> None:
+    await asyncio.sleep(_LOOK_SECONDS)
+
+
+def links_changed(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether the round trips of a split model's links, in milliseconds, say that one is another link now.
+
+    0.0: not known.
+    """
+    pairs = [(one, other) for one, other in zip(before, now, strict=True) if one and other]
+    return any(abs(a - b) >= _MOVED_MS and max(a, b) >= _MOVED * min(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class WireControl:
-    """How activations travel: a WireFormat or `auto`, who decides then, and who takes what the user should know."""
+    """How activations travel.
+
+    Attributes:
+        setting: a WireFormat or `auto`.
+        choose: decides with `auto`.
+        notify: takes what the user should know.
+        round_trips: to the workers of a layout, in milliseconds; 0.0: not known.
+        quiet: waits until nobody asks a model: links are measured then, and formats change.
+        look: waits until it is time to see whether links have changed.
+    """
 
     setting: str = AUTO_WIRE
     choose: ChooseWire = _as_it_is
     notify: Callable[[Notice], object] = lambda _: None
+    round_trips: Callable[[SplitLayout], Sequence[float]] = lambda _: ()
+    quiet: Callable[[ModelName], Awaitable[None]] = _at_once
+    look: Callable[[], Awaitable[None]] = _look
+
+
+_ROUNDED = "Answers may differ from those with --wire f32."
 
 
 class SplitHostService:
@@ -285,16 +325,42 @@ class SplitHostService:
         await session.loading.loaded()
         level, why = NoticeLevel.INFO, f"{model}: "
         if fixed_wire(self.wire.setting) is None:
-            wire = formats_of(await self.wire.choose(session.facts, session.layout))
+            wire = await self.wire.choose(session.facts, session.layout) or Wire()
             for one in session.all:
-                one.host.use(wire)
+                one.host.use(formats_of(wire))
             why = f"A link between the nodes of {model} is slow: "
         text = f"{why}activations travel as {session.wire_text}. "
         if session.host.unable:
             level, text = NoticeLevel.WARNING, f"{text}Install the same version on all nodes. "
         if any(session.host.wire):
-            text += "Answers may differ from those with --wire f32."
-            self.wire.notify(Notice(level=level, code="split_wire", text=text, about=model))
+            self.wire.notify(Notice(level=level, code="split_wire", text=text + _ROUNDED, about=model))
+        if fixed_wire(self.wire.setting) is None:
+            await self._follow_links(session, model)
+
+    async def _follow_links(self, session: HostSession, model: ModelName) -> None:
+        """Choose again when links have changed, as when a laptop goes from a cable to Wi-Fi; between two requests.
+
+        Each message says its format, so both ends need not agree before.
+        """
+        control, layout = self.wire, session.layout
+        seen, measured = control.round_trips(layout), time.monotonic()
+        while True:
+            await control.look()
+            now = control.round_trips(layout)
+            if not links_changed(seen, now) and time.monotonic() - measured < _LINKS_SECONDS:
+                continue
+            await control.quiet(model)
+            seen, measured = now, time.monotonic()
+            wire = await control.choose(session.facts, layout)
+            if wire is None or not session.all or formats_of(wire) == session.all[0].host.wire:
+                continue
+            await control.quiet(model)
+            for one in session.all:
+                one.host.use(formats_of(wire))
+            present = session.all[0]
+            text = f"The links between the nodes of {model} have changed: activations travel as {present.wire_text}. "
+            text += _ROUNDED if any(present.host.wire) else "Answers are those of --wire f32 again."
+            control.notify(Notice(level=NoticeLevel.INFO, code="split_wire", text=text, about=model))
 
     async def broken(self, session: HostSession, model: ModelName) -> MeshError:
         """Wait until a session cannot continue, and report the failed worker to the core. Returns the reason."""
@@ -311,14 +377,30 @@ class SplitHostService:
         if self.session is session:
             # Others over the same workers go on.
             self.session = session.all[0] if session.all else None
-            for task in self._watching:
+            for task in self._watching if not session.all else ():
                 task.cancel()
+        self._note_memory(session)
         await session.host.close()
         await self._digests.keep()
 
     async def stop(self) -> None:
         """Stop showing progress."""
         await self._scope.close()
+
+    def _note_memory(self, session: HostSession) -> None:
+        """Report the workers that did not give the memory of their part, and so computed nothing."""
+        for name, done in session.host.stats().workers.items():
+            share = session.layout.share(session.names[name]) if name in session.names else None
+            if done.refused and share is not None:
+                reason = "it did not give the memory that it offers"
+                self._post(
+                    SplitFailed(
+                        node=share.node,
+                        model=session.facts.name,
+                        reason=reason,
+                        memory_bytes=share.memory_bytes,
+                    )
+                )
 
     def _blame(self, model: ModelName, layout: SplitLayout, worker: int | None, error: MeshError) -> None:
         """Report the failed worker to the core, by its number: a worker may have written the error's text."""
@@ -352,16 +434,27 @@ def split_spec(spec: EngineSpec, session: HostSession, accelerators: int) -> Eng
     if accelerators:
         here = _spread(session.layout.host.layers + 1, accelerators)
         return replace(spec, rpc=session.endpoints, tensor_split=(*shares, *here), gpu_layers=None)
-    shares[-1] += 1
+    # Guesses must not cross the network: the output layer is counted with the layers that guess.
+    here = spec.mtp_layers + 1 if spec.mtp_layers else 0
+    _take(shares, spec.mtp_layers)
+    shares[-1] += 0 if here else 1
     return replace(
         spec,
         rpc=session.endpoints,
         tensor_split=tuple(shares),
-        gpu_layers=int(sum(shares)),
+        gpu_layers=int(sum(shares)) + here,
         # With layers on two kinds of devices, llama.cpp would not fuse the operators of recurrent layers.
         host_layers=0 if session.facts.state_bytes else session.layout.host.layers,
         output_on_host=True,
     )
+
+
+def _take(shares: list[float], layers: int) -> None:
+    """Take so many layers from the last devices."""
+    for place in reversed(range(len(shares))):
+        taken = min(shares[place], float(layers))
+        shares[place] -= taken
+        layers -= int(taken)
 
 
 def _spread(layers: int, devices: int) -> list[float]:

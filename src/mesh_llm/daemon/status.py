@@ -1,5 +1,6 @@
 """Builds the node's status: its own state, the models and peers of the mesh, and a split model."""
 
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,8 +8,10 @@ import msgspec
 
 from mesh_llm import __version__
 from mesh_llm.api.types import StatusRequests
-from mesh_llm.console.schema import (
+from mesh_llm.console.status import (
     Status,
+    StatusCorrection,
+    StatusCutOff,
     StatusListing,
     StatusModel,
     StatusPeer,
@@ -21,13 +24,15 @@ from mesh_llm.console.schema import (
 )
 from mesh_llm.core.membership.names import tell_apart
 from mesh_llm.core.node import Node
+from mesh_llm.core.performance.calibration import PromptSpeed
 from mesh_llm.core.placement.launches import Launch
 from mesh_llm.core.routing.ranking import Awaited, HealthState, ModelRoute, health
 from mesh_llm.core.split.outlook import Outlook
+from mesh_llm.core.trust.circle import owner_of
+from mesh_llm.core.trust.corrections import Correction, describe
 from mesh_llm.core.types.announcement import Member
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role, SplitLayout, SplitShare
-from mesh_llm.daemon.performance import PromptSpeed
 from mesh_llm.daemon.split_host import HostSession
 from mesh_llm.daemon.split_worker import loaded, part_bytes
 from mesh_llm.engine.spec import EnginePart
@@ -37,9 +42,15 @@ from mesh_llm.split.host.worker_info import SplitStats, WorkerStats
 from mesh_llm.wire.codec import copied, fingerprint
 
 
+def api_base(listen: str, port: int) -> str:
+    """The API's URL for clients on this machine."""
+    host = "127.0.0.1" if listen in {"0.0.0.0", "::", "localhost"} else listen  # noqa: S104 - compared, not bound
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DaemonInfo:
-    """What the core does not know about its daemon; see console.schema.Status for the fields."""
+    """What the core does not know about its daemon; see console.status.Status for the fields."""
 
     mesh_name: str
     api_port: int
@@ -70,6 +81,9 @@ class StatusSources:
         engine_parts: what is built for the engine on this machine.
         prompt_caches: the saved prompt caches; None where none are saved.
         needs_key: whether requests must carry a key.
+        owner: the owner whose nodes count as this node's own; empty: nobody's.
+        cut_off: who is refused for a while.
+        problems: of other nodes: the hosts that this one distrusts.
     """
 
     invite: Callable[[], InviteRecord | None]
@@ -88,6 +102,9 @@ class StatusSources:
     engine_parts: Callable[[], tuple[EnginePart, ...]] = tuple
     prompt_caches: Callable[[], StatusPromptCaches | None] = lambda: None
     needs_key: Callable[[], bool] = lambda: False
+    owner: Callable[[], str] = str
+    cut_off: Callable[[], tuple[StatusCutOff, ...]] = tuple
+    problems: Callable[[], tuple[StatusProblem, ...]] = tuple
 
 
 PredictSplit = Callable[[ModelFacts, SplitLayout], float | None]
@@ -127,6 +144,7 @@ class StatusBuilder:
             api_base=info.api_base,
             ollama_base=info.ollama_base,
             needs_key=sources.needs_key(),
+            owner=sources.owner(),
             token=invite.token if invite is not None else "",
             uptime_s=round(sources.uptime(), 1),
             pid=info.pid,
@@ -153,16 +171,19 @@ class StatusBuilder:
             fingerprint=fingerprint(node.config.node),
             approvals=tuple(sources.approvals()),
             problems=self._problems(),
+            corrections=tuple(shown_correction(one, names, node.config.epoch) for one in node.snapshot.corrections),
             scope=sources.scope_of(node.config.node),
             token_scope=invite.scope if invite is not None else "",
+            cut_off=sources.cut_off(),
         )
 
     def _problems(self) -> tuple[StatusProblem, ...]:
         now = self._supervision.now
-        return tuple(
+        own = tuple(
             StatusProblem(what=one.what, text=one.text, since_s=round(now - one.since, 1), times=one.times)
             for one in self._supervision.problems
         )
+        return (*own, *self._sources.problems())
 
     def _with_launch(self, model: StatusModel) -> StatusModel:
         """Add what only this node knows: of its launch, and of the requests that wait for the model."""
@@ -193,13 +214,31 @@ class StatusBuilder:
             model,
             predicted_tps=self._sources.predict(launch),
             measured_tps=measured,
-            predicted_prompt_tps=prompts.predicted,
-            measured_prompt_tps=prompts.measured,
+            predicted_prompt_tps=_shown(prompts.predicted),
+            measured_prompt_tps=_shown(prompts.measured),
+            prompt_tokens=prompts.tokens,
             cache_type=plan.cache_type,
             offload=plan.offload.text(launch.order.facts.layers) if plan.offload is not None else "",
             device_bytes=plan.memory_bytes,
             host_bytes=plan.host_bytes,
         )
+
+
+def shown_correction(one: Correction, names: Mapping[NodeId, str], epoch: float) -> StatusCorrection:
+    """A correction as it is shown. `names`: of nodes; `epoch`: UNIX seconds when the node's clock showed 0."""
+    name = names.get(one.node) or one.node[:10]
+    return StatusCorrection(
+        node_id=one.node,
+        name=name,
+        model=one.model,
+        kind=one.kind.value,
+        announced=one.announced,
+        seen=round(one.seen, 2),
+        at=round(epoch + one.at, 1),
+        until=round(epoch + one.until, 1),
+        times=one.times,
+        text=describe(one, name),
+    )
 
 
 def _vision_models(node: Node) -> set[ModelName]:
@@ -231,6 +270,7 @@ def _known_hosts(node: Node) -> tuple[StatusPeer, ...]:
             state="alive",
             serving=tuple(models),
             rtt_ms=round(round_trips[host], 3),
+            owner=owner_of(host, node.snapshot.owners, time.time()) or "",
         )
         for host, models in sorted(serving.items())
     )
@@ -296,6 +336,7 @@ def _peer(member: Member, sources: StatusSources) -> StatusPeer:
     announcement = member.announcement
     capacity = announcement.capacity
     transport, reason = sources.transport_of(announcement.node)
+    signed = {announcement.node: announcement.ownership} if announcement.ownership is not None else {}
     return copied(
         StatusPeer,
         announcement,
@@ -313,6 +354,7 @@ def _peer(member: Member, sources: StatusSources) -> StatusPeer:
         scope=sources.scope_of(announcement.node),
         transport=transport,
         transport_reason=reason,
+        owner=owner_of(announcement.node, signed, time.time()) or "",
     )
 
 
@@ -356,10 +398,18 @@ def split_status(
         else None,
         predicted_tps=predicted,
         measured_tps=speed or None,
-        predicted_prompt_tps=read.predicted,
-        measured_prompt_tps=read.measured,
+        predicted_prompt_tps=_shown(read.predicted),
+        measured_prompt_tps=_shown(read.measured),
+        prompt_tokens=read.tokens,
         wire=mine.wire_text if mine is not None else "",
+        groups=len(mine.all) if mine is not None else 0,
+        groups_planned=layout.groups if mine is not None else 0,
+        groups_why=layout.groups_why if mine is not None else "",
     )
+
+
+def _shown(rate: float | None) -> float | None:
+    return None if rate is None else round(rate, 2)
 
 
 def _worker(

@@ -5,8 +5,18 @@ from collections import Counter
 from collections.abc import Callable
 
 from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.trust.circle import common
+from mesh_llm.core.trust.corrections import TimedAnswer
 from mesh_llm.core.types.announcement import Standing
-from mesh_llm.core.types.events import AnyEvent, ModelAwaited, TargetFailed, TrafficSampled
+from mesh_llm.core.types.events import (
+    AnswersTimed,
+    AnyEvent,
+    ContextRefused,
+    ModelAwaited,
+    PromptTaken,
+    TargetFailed,
+    TrafficSampled,
+)
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.ports import LoadAsker
 
@@ -19,6 +29,15 @@ _LEARN_PROMPT = 256
 """Tokens of a prompt that fill most of a micro-batch."""
 _SMOOTHING = 0.2
 _MAX_WANTED = 256
+_MAX_TIMED = 64
+"""Answers of other nodes that are timed in one period."""
+
+
+ObserveAnswer = Callable[[str, int, float, int, int], None]
+"""Model, tokens, their seconds, how many were guessed, and how many tokens were before them, on average."""
+
+ObservePrompt = Callable[[str, int, float, int], None]
+"""Model, new tokens, their seconds, and how many tokens before them were cached."""
 
 
 class TrafficMeter:
@@ -34,14 +53,15 @@ class TrafficMeter:
         self._counted: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._last: TrafficSampled | None = None
+        self._timed: list[TimedAnswer] = []
         self._alone = True
-        self.observe: Callable[[str, int, float, int], None] = lambda _model, _tokens, _seconds, _guessed: None
-        """Called for each answer that ran alone on this node's engines: model, tokens, seconds."""
-        self.observe_prompt: Callable[[str, int, float], None] = lambda _model, _tokens, _seconds: None
+        self.observe: ObserveAnswer = lambda _model, _tokens, _seconds, _guessed, _context: None
+        """Called for each answer that ran alone on this node's engines."""
+        self.observe_prompt: ObservePrompt = lambda _model, _tokens, _seconds, _cached: None
         """The same for each long prompt."""
         self.observe_end: Callable[[str, int], None] = lambda _model, _term: None
         """Called for each answer of this node's engines that has ended: model, term."""
-        self._awaited: Counter[tuple[str, NodeId | None]] = Counter()
+        self._awaited: dict[tuple[str, NodeId | None], Counter[LoadAsker]] = {}
         self.node = NodeId("")
         """This node; set when it is known."""
         self.standing: Callable[[NodeId], Standing] = lambda _: "member"
@@ -56,7 +76,9 @@ class TrafficMeter:
             self._in_flight[model] += 1
             self._idle.setdefault(model, asyncio.Event()).clear()
 
-    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0) -> None:
+    def finished(
+        self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0, prompt: int = 0
+    ) -> None:
         """A request ended. Its speed counts if it succeeded."""
         if not target.local:
             return
@@ -76,13 +98,13 @@ class TrafficMeter:
             before = self._speeds.get(model, 0.0)
             self._speeds[model] = before + weight * (tokens / seconds - before)
             if self._alone and tokens >= _LEARN_TOKENS:
-                self.observe(model, tokens, seconds, guessed)
+                self.observe(model, tokens, seconds, guessed, prompt + tokens // 2)
         self.observe_end(model, target.term)
 
-    def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
+    def read(self, model: str, target: Target, tokens: int, seconds: float, cached: int = 0) -> None:
         """A prompt's new tokens were read. Long prompts that ran alone are learned from."""
         if target.local and self._alone and tokens >= _LEARN_PROMPT and seconds > 0.0:
-            self.observe_prompt(model, tokens, seconds)
+            self.observe_prompt(model, tokens, seconds, cached)
 
     def tokens(self, model: str) -> int:
         """How many tokens this node's engine of a model has generated."""
@@ -96,6 +118,19 @@ class TrafficMeter:
         """A target could not be reached or died."""
         self._post(TargetFailed(node=target.node, model=ModelName(model), reason=reason[:500], term=target.term))
 
+    def refused_context(self, model: str, target: Target, tokens: int) -> None:
+        """A target refused a prompt that fits what it announces."""
+        self._post(ContextRefused(node=target.node, model=ModelName(model), term=target.term, tokens=tokens))
+
+    def took_prompt(self, model: str, target: Target, tokens: int) -> None:
+        """A target answered a prompt that is longer than its context is known to be here."""
+        self._post(PromptTaken(node=target.node, model=ModelName(model), term=target.term, tokens=tokens))
+
+    def timed(self, answer: TimedAnswer) -> None:
+        """Another node's answer was timed; reported with the next sample."""
+        if len(self._timed) < _MAX_TIMED:
+            self._timed.append(answer)
+
     def wanted(self, model: str) -> None:
         """A client of this node asked for a model."""
         if model in self._wanted or len(self._wanted) < _MAX_WANTED:
@@ -104,10 +139,15 @@ class TrafficMeter:
     def awaiting(self, model: str, asker: LoadAsker, change: int) -> None:
         """One request more or less waits for a model."""
         key = (model, asker.peer)
-        self._awaited[key] += change
-        count = self._awaited[key]
-        if count <= 0:
+        waiting = self._awaited.setdefault(key, Counter())
+        waiting[asker] += change
+        if waiting[asker] <= 0:
+            del waiting[asker]
+        if not waiting:
             del self._awaited[key]
+        # While others wait that any node may answer, it is loaded for those: what they leave over is loaded here.
+        asking = list(waiting) or [asker]
+        circles = [one.circle for one in asking if one.circle is not None]
         # The core decides by what is idle now, not a second ago.
         self._report()
         standing = "own" if asker.peer is None else self.standing(asker.peer)
@@ -115,9 +155,10 @@ class TrafficMeter:
             ModelAwaited(
                 model=ModelName(model),
                 asker=asker.peer or self.node,
-                count=count,
-                here=not asker.anywhere,
+                count=waiting.total(),
+                here=not any(one.anywhere for one in asking),
                 standing="client" if asker.for_clients and standing == "member" else standing,
+                circle=tuple(sorted(common(circles))) if len(circles) == len(asking) else None,
             )
         )
 
@@ -147,6 +188,9 @@ class TrafficMeter:
         while True:
             await asyncio.sleep(_PERIOD)
             self._report()
+            if self._timed:
+                self._post(AnswersTimed(answers=tuple(self._timed)))
+                self._timed.clear()
 
     def _report(self) -> None:
         sampled = self.sample()

@@ -11,13 +11,14 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import msgspec
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import mesh_llm
 from mesh_llm.core.types.errors import MeshError
@@ -267,6 +268,20 @@ def _file_digest(path: Path) -> str:
 @lru_cache(maxsize=256)
 def _known_digest(path: Path, _: tuple[int, ...]) -> str:
     return _read_digest(path)
+
+
+@contextmanager
+def one_process(lock: FileLock, waits: Callable[[], None]) -> Generator[None]:
+    """Hold a lock that other processes use too. Blocks; `waits` is called first if one of them holds it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waits()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read_digest(path: Path) -> str:

@@ -6,7 +6,6 @@ So no prompt is ever written to a disk in the clear, and the child needs no key 
 reached over HTTP. Linux.
 """
 
-import asyncio
 import hmac
 import os
 import socket
@@ -53,6 +52,10 @@ class SlotError(Exception):
     """The engine did not do it, or did not answer; the text says why. The slot may have been emptied."""
 
 
+class SlotRefusedError(SlotError):
+    """The engine read what it was given, and did not take it."""
+
+
 class _Question(msgspec.Struct, frozen=True, kw_only=True):
     action: str
     key: str
@@ -62,6 +65,7 @@ class _Question(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
+    refused: bool = False
     slots: tuple[Slot, ...] = ()
     moved: Moved | None = None
     guesses: Guesses | None = None
@@ -108,7 +112,8 @@ class SlotControl:
         Only for what this node has written or checked itself: llama.cpp trusts the file.
 
         Raises:
-            SlotError: the engine refused it, and the slot is empty; or it did not answer.
+            SlotRefusedError: the engine refused it, and the slot is empty.
+            SlotError: the slot was busy for too long, or the engine did not answer.
         """
         return await self._move("restore", slot, file, seconds)
 
@@ -131,6 +136,8 @@ class SlotControl:
         return moved
 
     async def _ask(self, question: _Question, file: int | None = None) -> _Answer:
+        import asyncio  # the child's side, which imports this too, needs none
+
         # Duplicated: a caller that is cancelled may close its file while the thread still sends it.
         own = None if file is None else os.dup(file)
         try:
@@ -153,7 +160,7 @@ class SlotControl:
             if file is not None:
                 os.close(file)
         if answer.error:
-            raise SlotError(answer.error)
+            raise SlotRefusedError(answer.error) if answer.refused else SlotError(answer.error)
         return answer
 
 
@@ -218,7 +225,7 @@ def _answered(question: _Question, files: list[int], key: str, access: SlotAcces
             save = question.action == "save"
             return _Answer(moved=access.move(question.slot, path, question.seconds, save=save))
     except SlotError as error:
-        return _Answer(error=str(error))
+        return _Answer(error=str(error), refused=isinstance(error, SlotRefusedError))
     return _Answer(error="unknown action")
 
 

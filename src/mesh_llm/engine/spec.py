@@ -1,5 +1,6 @@
 """What an engine is to run, and what an engine says of itself. Independent of where the engine comes from."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -86,6 +87,8 @@ class EngineSpec(_Spec):
         speculation: the kind of guesses, as llama.cpp names it: `draft-simple` (also where it is empty and there is a
             draft), `draft-eagle3`, `draft-dflash`, `draft-mtp` (the model's own heads if there is no draft),
             `ngram-...`; or NGRAM. Empty without a draft: none.
+        mtp_layers: of a split model: last layers, which guess, that this machine's processor computes after those of
+            the RPC servers, with the output layer.
         while_it_pays: nobody named that kind: guess only what gains, as far as the engine can be switched.
         chat_template: in Jinja, or the name of a built-in one; empty for the model's own.
         reasoning_budget: most tokens of reasoning; None for the engine's default.
@@ -121,6 +124,7 @@ class EngineSpec(_Spec):
     sampling: Sampling = field(default_factory=Sampling)
     speculation: str = ""
     while_it_pays: bool = False
+    mtp_layers: int = 0
     chat_template: str = ""
     reasoning_budget: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
@@ -162,6 +166,12 @@ class EngineSpec(_Spec):
     def uses_cpu_only(self) -> bool:
         """Whether only the processor computes on this machine."""
         return self.devices == (CPU_DEVICE,)
+
+    @property
+    def own_layers(self) -> tuple[int, ...]:
+        """Of a split model: the layers of this machine's processor, counted from 0, if it is a device for llama.cpp."""
+        after = self.host_layers + int(sum(self.tensor_split))
+        return (*range(self.host_layers), *range(after, after + self.mtp_layers))
 
     @property
     def speculation_type(self) -> str:
@@ -327,12 +337,12 @@ def experts_override(layers: int) -> str:
     return rf"blk\.({numbers})\.ffn_(up|down|gate|gate_up)_(ch|)exps={CPU_DEVICE}"
 
 
-def layers_override(layers: int, memory: str = CPU_DEVICE) -> str:
-    """The value of `--override-tensor` that keeps the first layers in `memory`.
+def layers_override(layers: Iterable[int], memory: str = CPU_DEVICE) -> str:
+    """The value of `--override-tensor` that keeps these layers, counted from 0, in `memory`.
 
     In main memory llama.cpp may arrange weights as the processor computes fastest, which it does not do for a device.
     """
-    numbers = "|".join(map(str, range(layers)))
+    numbers = "|".join(map(str, layers))
     return rf"^blk\.({numbers})\.={memory}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from mesh_llm.core.performance.prediction import Calibration
+from mesh_llm.core.performance.calibration import Calibration
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model import Capacity, Speed
 from mesh_llm.engine.confinement.policy import client_environment
@@ -30,7 +30,7 @@ FILE = "speed.json"
 """Name of the file in a home's cache."""
 
 _SECONDS = 60.0
-_VERSION = 4
+_VERSION = 5
 
 _log = structlog.get_logger(__name__)
 

@@ -10,7 +10,9 @@ from typing import Protocol
 import iroh
 import structlog
 
+from mesh_llm.core.trust.strangers import RELAY
 from mesh_llm.core.types.effects import KnownPeer
+from mesh_llm.core.types.errors import duration
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.handshake import AdmissionServer, CertificateIssuer, answer, ask
 from mesh_llm.net.event_adapter import EventAdapter
@@ -19,7 +21,9 @@ from mesh_llm.net.limits import (
     MAX_BACKOFF_ENTRIES,
     MAX_CLONE_ENTRIES,
     MAX_KNOWN_ADDRESSES,
+    STRANGERS_PER_ADDRESS,
     AdmissionRateLimit,
+    Ban,
     NetLimits,
 )
 from mesh_llm.net.quic.bindings import reason_of
@@ -28,7 +32,7 @@ from mesh_llm.net.quic.endpoint import Endpoint
 from mesh_llm.net.streams import PeerStream
 from mesh_llm.runtime.supervision import TaskScope, error_text
 from mesh_llm.wire.mesh.admission import AdmitRequest, Reason, Refusal, Scope, Subject, refusal_error
-from mesh_llm.wire.mesh.certificates import Certificate
+from mesh_llm.wire.mesh.certificates import Certificate, came_by_listing, rests_on
 from mesh_llm.wire.mesh.frames import CloseCode
 
 SIMULTANEOUS_SECONDS = 5.0
@@ -103,8 +107,8 @@ class ConnectionManager:
         connection = self._current.get(node)
         if connection is not None and connection.alive and self.check(connection) is None:
             return connection
-        if self._rate_limit.banned(node, time.monotonic()):
-            raise ConnectionError("it broke the protocol a moment ago")
+        if (ban := self._rate_limit.banned(node, time.monotonic())) is not None:
+            raise ConnectionError(ban.reason)
         if node not in self._dials and (reason := self._backoff.blocked(node, time.monotonic())):
             raise ConnectionError(f"{reason} (tried a moment ago)")
         outcome = await self.dial(node)
@@ -139,6 +143,33 @@ class ConnectionManager:
         self._rate_limit.ban(node, time.monotonic())
         _log.warning("peer broke the protocol", peer=node[:10], reason=reason)
         self.disconnect(node, CloseCode.PROTOCOL, reason)
+
+    def cut_off(self, who: str, seconds: float, reason: str, *, source: bool) -> None:
+        """Disconnect a node, or the strangers of an address (`source`), and refuse them for a while."""
+        now = time.monotonic()
+        self._rate_limit.ban(who, now, seconds=seconds, reason=reason, source=source)
+        for connection in list(self._current.values()):
+            node = connection.peer.node
+            if (self._is_stranger_of(connection, who)) if source else (node == who):
+                connection.close(CloseCode.REFUSED, f"{reason}; it is refused for {duration(seconds)}")
+
+    def bans(self) -> tuple[tuple[Ban, float], ...]:
+        """Who is refused now, and for how many seconds yet."""
+        now = time.monotonic()
+        return tuple((ban, ban.until - now) for ban in self._rate_limit.bans(now))
+
+    def _is_stranger_of(self, connection: PeerConnection, source: str) -> bool:
+        return is_stranger(connection.peer.certificate) and connection.source == source
+
+    def _refuses(self, peer: Peer, source: str) -> str:
+        """Why a newly admitted peer is refused all the same; empty: it is not. Only strangers may be."""
+        if source == RELAY or not is_stranger(peer.certificate) or peer.node in self._current:
+            return ""
+        ban = self._rate_limit.banned(source, time.monotonic(), source=True)
+        if ban is not None:
+            return ban.reason
+        many = sum(self._is_stranger_of(connection, source) for connection in self._current.values())
+        return "too many nodes are at its address" if many >= STRANGERS_PER_ADDRESS else ""
 
     def check(self, connection: PeerConnection) -> Refusal | None:
         """Check a peer's admission; close the connection and return why if it no longer holds.
@@ -302,11 +333,15 @@ class ConnectionManager:
         admitted = await self._admission.receive(incoming, self._scope)
         if admitted is None:
             return
-        raw, peer = admitted
+        raw, peer, source = admitted
         if peer.scope is Scope.CLIENT and peer.node not in self._current and self._clients() >= self._most_clients():
             raw.close(int(CloseCode.BUSY), b"too many clients")
             return
-        self._adopt(raw, peer, dialed=False)
+        if reason := self._refuses(peer, source):
+            _log.info("a stranger is refused", node=peer.node[:10], reason=reason)
+            raw.close(int(CloseCode.REFUSED), reason.encode())
+            return
+        self._adopt(raw, peer, dialed=False, source=source)
 
     def _clients(self) -> int:
         return sum(connection.peer.scope is Scope.CLIENT for connection in self._current.values())
@@ -317,9 +352,10 @@ class ConnectionManager:
 
     # Both
 
-    def _adopt(self, raw: iroh.Connection, peer: Peer, *, dialed: bool) -> PeerConnection:
+    def _adopt(self, raw: iroh.Connection, peer: Peer, *, dialed: bool, source: str = RELAY) -> PeerConnection:
         """Add an admitted connection; returns the one to use: the old one if the new one loses the tie-break."""
         connection = PeerConnection(raw, peer, dialed=dialed, dispatcher=self._dispatcher, limits=self.limits)
+        connection.came_from = source
         old = self._current.get(peer.node)
         self._scope.spawn(self._run(connection), f"peer-{peer.node[:8]}", lambda error: self._broke(connection, error))
         stays = old is None or not old.alive or new_one_stays(old, connection, self.endpoint.node_id)
@@ -385,6 +421,11 @@ class ConnectionManager:
         else:
             await connection.wait_ended(_RETIRE_SECONDS)
         connection.close(CloseCode.DUPLICATE, "another connection took its place")
+
+
+def is_stranger(certificate: Certificate) -> bool:
+    """Whether a node with this certificate came by a public listing."""
+    return came_by_listing(rests_on(certificate.links))
 
 
 class AddressBook:

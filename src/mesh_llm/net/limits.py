@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from mesh_llm.core.types.ids import NodeId
-
 
 class NetLimits(msgspec.Struct, frozen=True, kw_only=True):
     """The bounds that tests and options change.
@@ -117,6 +115,10 @@ WRITE_TIMEOUT = 10.0
 """A peer that takes no gossip for this time is disconnected."""
 BAN_SECONDS = 60.0
 """How long a peer that broke the protocol is refused."""
+BROKE_PROTOCOL = "it broke the protocol a moment ago"
+MAX_BANS = 1024
+STRANGERS_PER_ADDRESS = 16
+"""Connections of strangers from one address; a new one beyond that is refused."""
 REFUSAL_COST = 5.0
 """A refused admission costs its address as much as this many attempts."""
 DUPLICATE_KEY_REPORT_SECONDS = 600.0
@@ -160,8 +162,17 @@ class _Source:
     pending: int = 0
 
 
+class Ban(msgspec.Struct, frozen=True, kw_only=True):
+    """Who is refused, why, and until when (monotonic seconds). `source`: the strangers of an address; else a key."""
+
+    who: str
+    source: bool
+    until: float
+    reason: str
+
+
 class AdmissionRateLimit:
-    """Bounds attempts to be admitted, per source and in all, and bans peers that broke the protocol.
+    """Bounds attempts to be admitted, per source and in all, and bans peers that broke the protocol or misused a node.
 
     It is asked before anything else is spent on a connection. `now` is monotonic seconds.
     """
@@ -169,7 +180,7 @@ class AdmissionRateLimit:
     def __init__(self, limits: NetLimits) -> None:
         self._limits = limits
         self._sources: OrderedDict[str, _Source] = OrderedDict()
-        self._banned: dict[NodeId, float] = {}
+        self._bans: dict[tuple[bool, str], Ban] = {}
         self.pending = 0
         """Admissions under way."""
 
@@ -191,14 +202,29 @@ class AdmissionRateLimit:
         if refused:
             entry.bucket.tokens = max(0.0, entry.bucket.refill(now) - REFUSAL_COST)
 
-    def ban(self, node: NodeId, now: float) -> None:
-        """Refuse a node for `BAN_SECONDS`."""
-        self._banned = {other: until for other, until in self._banned.items() if until > now}
-        self._banned[node] = now + BAN_SECONDS
+    def ban(
+        self,
+        who: str,
+        now: float,
+        *,
+        seconds: float = BAN_SECONDS,
+        reason: str = BROKE_PROTOCOL,
+        source: bool = False,
+    ) -> None:
+        """Refuse a node for a while, or the strangers of an address (`source`, as `source_key` names it)."""
+        self._bans = {key: ban for key, ban in self._bans.items() if ban.until > now}
+        if len(self._bans) >= MAX_BANS:
+            del self._bans[min(self._bans, key=lambda key: self._bans[key].until)]
+        self._bans[source, who] = Ban(who=who, source=source, until=now + seconds, reason=reason)
 
-    def banned(self, node: NodeId, now: float) -> bool:
-        """Whether a node was banned a moment ago."""
-        return self._banned.get(node, 0.0) > now
+    def banned(self, who: str, now: float, *, source: bool = False) -> Ban | None:
+        """Why, and how long, a node is refused, or the strangers of an address; None: they are not."""
+        ban = self._bans.get((source, who))
+        return ban if ban is not None and ban.until > now else None
+
+    def bans(self, now: float) -> tuple[Ban, ...]:
+        """Who is refused now, the longest first."""
+        return tuple(sorted((ban for ban in self._bans.values() if ban.until > now), key=lambda ban: -ban.until))
 
     def _entry(self, source: str, now: float) -> _Source:
         key = source_key(source)
@@ -213,14 +239,18 @@ class AdmissionRateLimit:
 
 
 def source_key(address: str) -> str:
-    """What counts as one source: an IPv4 address, an IPv6 /64, or everything that arrives by relays."""
+    """What counts as one source: an IPv4 address, an IPv6 /64, or everything that arrives by relays.
+
+    An IPv4 address that is written as an IPv6 one counts as itself: by 6to4 (RFC 3056) it has 65,536 networks of /64.
+    """
     host = address.rpartition(":")[0].strip("[]").partition("%")[0]
     try:
         parsed = ipaddress.ip_address(host)
     except ValueError:
         return "relay"
     if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
+        within = parsed.ipv4_mapped or parsed.sixtofour
+        if within is not None:
+            return str(within)
         return str(ipaddress.ip_network((parsed, 64), strict=False))
     return str(parsed)

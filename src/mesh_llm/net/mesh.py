@@ -10,6 +10,7 @@ import msgspec
 import structlog
 
 from mesh_llm.core.routing.ranking import Target
+from mesh_llm.core.trust.strangers import RELAY, CutOff
 from mesh_llm.core.types.announcement import Ownership, Standing
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.gossip import MeshMessage
@@ -151,11 +152,7 @@ class MeshNet:
         self.joiner = Joiner(self.connections, self._events, tokens)
         self.routes_client = RoutesClient(self.connections, self._events, verify, clock)
         self.routes_server = RoutesServer(
-            self.connections.addresses,
-            key.node_id,
-            self.endpoint.reachable,
-            self._events.clients,
-            config.ownership,
+            self.connections.addresses, key.node_id, self.endpoint.reachable, self._events.clients
         )
         self.grants = Grants(self.connections, self.invite_book, self.revocations, self._events, self._revoke)
         self._maintenance = Maintenance(
@@ -212,6 +209,15 @@ class MeshNet:
         ):
             return "stranger"
         return "client" if self.issuer.scope_of(certificate) < Scope.SERVE else "member"
+
+    def source_of(self, node: NodeId) -> str:
+        """Where a connected node comes from, as limits count it: an IPv4 address, an IPv6 /64, or `relay`."""
+        connection = self.connections.find(node)
+        return connection.source if connection is not None else RELAY
+
+    def cut_off(self, cut: CutOff, why: str) -> None:
+        """Disconnect a stranger, or all of an address, and refuse them for a while."""
+        self.connections.cut_off(cut.who, cut.seconds, f"it is cut off: {why}", source=cut.source)
 
     @property
     def founder(self) -> bool:

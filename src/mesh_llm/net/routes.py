@@ -10,7 +10,6 @@ import msgspec
 import structlog
 
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
-from mesh_llm.core.types.announcement import Ownership
 from mesh_llm.core.types.effects import KnownPeer
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.ownerships import OwnershipCheck
@@ -61,13 +60,11 @@ class RoutesServer:
         node: NodeId,
         reachable: Callable[[], Reachable],
         on_count: Callable[[int], None] = lambda _: None,
-        ownership: Ownership | None = None,
     ) -> None:
         self._clients = ClientCounter(on_count)
         self._addresses = addresses
         self._node = node
         self._reachable = reachable
-        self._ownership = ownership
         self._epoch = os.urandom(EPOCH_BYTES)
         self._snapshot: RoutingSnapshot | None = None
         self._encoded: tuple[int, bytes] | None = None
@@ -136,7 +133,7 @@ class RoutesServer:
         if self._encoded is None or self._encoded[0] != snapshot.version:
             nodes = {target.node for route in snapshot.models.values() for target in route.targets}
             hosts = tuple(self._host(node) for node in sorted(nodes))
-            self._encoded = (snapshot.version, encode(table_of(snapshot, self._epoch, hosts, self._ownership)))
+            self._encoded = (snapshot.version, encode(table_of(snapshot, self._epoch, hosts)))
         return self._encoded[1]
 
     def _host(self, node: NodeId) -> RouteHost:

@@ -16,6 +16,9 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.local_socket import is_own_user, peer_of
 from mesh_llm.runtime.supervision import TaskScope
 
+_LISTEN = {"--console": "--console-listen"}
+"""The option that sets the address for a port's option, where that is not `--listen`."""
+
 
 def bind(host: str, port: int, option: str) -> socket.socket:
     """Bind a listening TCP socket; port 0 picks a free one.
@@ -42,7 +45,9 @@ def bind(host: str, port: int, option: str) -> socket.socket:
         raise MeshError(
             code="cannot_listen",
             message=f"Cannot listen on {host} port {port}: {error.strerror or error}.",
-            hint=f"Check the address, or choose another with {option}.",
+            hint=f"Ports below 1024 are the system's: choose another with {option} PORT."
+            if error.errno == errno.EACCES
+            else f"Give an address of this machine: {_LISTEN.get(option, '--listen')} ADDR",
         ) from error
     listener.setblocking(False)
     return listener

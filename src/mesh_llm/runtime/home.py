@@ -11,11 +11,15 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from filelock import FileLock, Timeout
 
 from mesh_llm.core.types.errors import MeshError
+
+if TYPE_CHECKING:
+    # It takes longer to import than most commands take otherwise, and only daemons lock a home.
+    from filelock import FileLock
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -107,6 +111,11 @@ class Home:
     def ownership(self) -> Path:
         """An owner's statement that the node of this home is theirs."""
         return self.shared / "ownership"
+
+    @property
+    def trust(self) -> Path:
+        """What this node knows of hosts that it checked by canaries, and recorded answers."""
+        return self.root / "trust.json"
 
     @property
     def mesh(self) -> Path:
@@ -203,12 +212,14 @@ class Home:
     def _guests(self) -> Path:
         return self.shared / "guests"
 
-    def enter(self, *, guest: bool) -> tuple["Home", FileLock]:
+    def enter(self, *, guest: bool) -> tuple["Home", "FileLock"]:
         """Lock a place for this process: this home or, for a guest, the first free place in it.
 
         Raises:
             MeshError: see `lock`; `home_full` if no place is left.
         """
+        from filelock import FileLock, Timeout
+
         if not guest:
             return self, self.lock()
         with self.explained():
@@ -228,12 +239,14 @@ class Home:
             status=409,
         )
 
-    def lock(self) -> FileLock:
+    def lock(self) -> "FileLock":
         """Lock the home for this process. The operating system releases the lock when the process ends.
 
         Raises:
             MeshError: `home_in_use`, if another daemon uses it; `home_unusable`, `home_unwritable`.
         """
+        from filelock import FileLock, Timeout
+
         lock = FileLock(self.root / "lock")
         try:
             with self.explained():
@@ -270,7 +283,11 @@ def _uid() -> int:
     return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_DISK = {
+    errno.ENOSPC: "Make room on that disk",
+    errno.EDQUOT: "Make room: your quota on that disk is used up",
+    errno.EROFS: "Make that disk writable",
+}
 _ELSEWHERE = "keep the node's files on another one: MESH_LLM_HOME=DIR mesh-llm ..."
 
 
@@ -337,7 +354,7 @@ def explain_os_error(error: OSError, root: Path) -> MeshError | None:
         return MeshError(
             code="home_unwritable",
             message=f"{root} cannot be written: {error.strerror}.",
-            hint=f"Make room on that disk, or {_ELSEWHERE}",
+            hint=f"{_DISK[error.errno]}, or {_ELSEWHERE}",
             status=507,
         )
     if named is None:

@@ -4,12 +4,14 @@ import errno
 import os
 import socket
 from dataclasses import dataclass
-
-import psutil
+from typing import TYPE_CHECKING
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.runtime.home import Holder, Home
 from mesh_llm.runtime.local_socket import find_node
+
+if TYPE_CHECKING:
+    import psutil
 
 _MOST_TRIES = 50
 
@@ -47,12 +49,20 @@ def running_nodes(home: Home) -> list[RunningNode]:
     return found
 
 
-def explain_taken(error: MeshError, home: Home, host: str, port: int, option: str) -> MeshError:
-    """A `port_in_use` that says who has the port, and names a free one; any other error as it is."""
+def explain_taken(
+    error: MeshError, home: Home, host: str, port: int, option: str, *others: tuple[str, int]
+) -> MeshError:
+    """A `port_in_use` that says who has the port, and names a free one; any other error as it is.
+
+    `others`: the node's other options and ports: free ports are named for those that are taken too.
+    """
     if error.code != "port_in_use":
         return error
     who, stop = _user_of(port, home)
-    hint = f"Take another port: {option} {free_port(host, port) or 'PORT'}"
+    free = [(option, free_port(host, port))]
+    free += [(name, found) for name, wanted in others if wanted and (found := free_port(host, wanted - 1)) != wanted]
+    hint = f"Take {'other ports' if len(free) > 1 else 'another port'}: "
+    hint += " ".join(f"{name} {found or 'PORT'}" for name, found in free)
     hint += f". Or stop that node: {stop}" if stop else ", or end the program that uses it."
     return MeshError(code=error.code, message=f"Port {port} is used by {who}.", hint=hint, status=error.status)
 
@@ -91,8 +101,10 @@ def free_port(host: str, after: int) -> int:
     return 0
 
 
-def _listener(port: int) -> psutil.Process | None:
+def _listener(port: int) -> "psutil.Process | None":
     """The process of this user that listens on a TCP port; None if there is none, or the system does not say."""
+    import psutil
+
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status != psutil.CONN_LISTEN or not connection.pid:
@@ -104,8 +116,10 @@ def _listener(port: int) -> psutil.Process | None:
     return None
 
 
-def _home_of(process: psutil.Process) -> str:
+def _home_of(process: "psutil.Process") -> str:
     """The home of a process if it is a node of this user; empty if it is something else."""
+    import psutil
+
     try:
         words = [os.path.basename(word) for word in process.cmdline()[:3]]  # noqa: PTH119 - words, not files
         if "mesh_llm" not in words and "mesh-llm" not in words:

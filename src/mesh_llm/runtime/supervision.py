@@ -16,8 +16,10 @@ The essential tasks. All are services, except that a failure of the driver ends 
 - engine NAME/watchdog (engine/supervisor.py): ends an engine that is stuck
 - api/stream-watchdog (api/server.py): cancels streams whose node is dead
 - api/usage (api/server.py): saves what each API key has used
+- api/strangers (api/server.py): saves what strangers have used today
 - NAME/serve (runtime/asgi.py): accepts clients of the API and the console
 - daemon/traffic (daemon/main.py): reports load to the core
+- daemon/canaries (daemon/main.py): checks now and then what hosts answer
 - prompt-caches/keep MODEL (daemon/prompt_cache.py): saves the slots of an engine when it is idle
 - daemon/owner (daemon/owner.py): notices when the machine's owner needs it
 - daemon/models and models-watch/DIRECTORY (daemon/main.py, models/library/watch.py): notice new model files
@@ -27,14 +29,17 @@ The essential tasks. All are services, except that a failure of the driver ends 
 - publishing/publish (daemon/listing.py): keeps the mesh's public listing up to date
 - listing/RELAY (discovery/nostr/listings.py): sends the listing to one relay
 - lan/announce (daemon/lan.py): announces the mesh on the local network
-- speed/at rest (daemon/performance.py): measures the machine when it is idle
+- speed/at rest (daemon/speed_meter.py): measures the machine when it is idle
 
 Each life of a daemon has one `Supervision`, which collects what does not work. Tasks find it by context: see
 `use_supervision` and `current_supervision`.
 """
 
 import asyncio
+import inspect
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any, Self
@@ -322,6 +327,25 @@ class TaskScope:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+_WORD = re.compile(r"[a-z]+")
+
+
+def task_kinds() -> Counter[str]:
+    """How many tasks of the running loop there are, by kind.
+
+    A kind is the first word of the scope's name (`task` without a scope), and the coroutine: `peer
+    PeerConnection._serve_one`. So it holds nothing about models or nodes, and there are only as many as the code has.
+    """
+    return Counter(_kind(task) for task in asyncio.all_tasks())
+
+
+def _kind(task: asyncio.Task[Any]) -> str:
+    scope = _WORD.match(task.get_name())
+    coroutine = task.get_coro()
+    what = coroutine.__qualname__ if inspect.iscoroutine(coroutine) else type(coroutine).__name__
+    return f"{scope[0] if scope is not None else 'task'} {what}"
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float | None) -> bool:

@@ -142,6 +142,22 @@ def read_state(data: memoryview, layout: StateLayout) -> State | Malformed:
         return Malformed(str(error))
 
 
+def streams_of(data: memoryview, layout: StateLayout) -> StateLayout:
+    """The layout with as many streams as a file names, which an engine of the same model with other slots wrote.
+
+    A file that cannot be read so far leaves the layout as it is: reading it says what is wrong.
+    """
+    reader = _Reader(data)
+    try:
+        reader.numbers("<II")
+        (packed,) = reader.numbers("<I")
+        reader.at += 4 * packed
+        (streams,) = reader.numbers("<I")
+    except struct.error:
+        return layout
+    return msgspec.structs.replace(layout, streams=streams) if 0 < streams <= _MAX_STREAMS else layout
+
+
 def _read(reader: _Reader, layout: StateLayout) -> State:
     _expect("magic and version", reader.numbers("<II"), (_MAGIC, _VERSION))
     tokens = _read_tokens(reader, layout)

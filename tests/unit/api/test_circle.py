@@ -14,11 +14,16 @@ from tests.support.fake_upstream import Call, FakeUpstream, fake_upstream
 
 from mesh_llm.api.resume import resume
 from mesh_llm.api.types import ApiConfig, KeyLimit
+from mesh_llm.core.routing.ranking import Awaited, Target
 from mesh_llm.core.trust.circle import Owners, Privacy
 from mesh_llm.core.types.announcement import Ownership
-from mesh_llm.core.types.ids import NodeId, OwnerId
+from mesh_llm.core.types.ids import ModelName, NodeId, OwnerId
+from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.core.types.ports import LoadAsker
+from mesh_llm.runtime.supervision import TaskScope
 
 CHAT = "/v1/chat/completions"
+NAME = ModelName("tiny")
 MINE, FRIEND, STRANGER = (OwnerId(letter * 64) for letter in "123")
 BODY = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "a secret"}]}).encode()
 STREAMED = json.dumps(
@@ -181,3 +186,110 @@ async def test_a_split_here_with_a_worker_outside_is_not_used() -> None:
         api.routes.set(route("tiny", local(engine.address, node=HERE)))
         assert (await api.post(BODY, CHAT)).status_code == 200
         assert len(engine.calls) == 1
+
+
+def loading(node: NodeId, *, here: bool) -> Target:
+    return Target(node=node, local=here, status=ModelStatus.LOADING)
+
+
+@asynccontextmanager
+async def one_of_strangers(**config: Any) -> AsyncGenerator[tuple[Api, FakeUpstream, FakeUpstream]]:
+    """ELSEWHERE is a stranger's and answers; the second host's part is for the test to say."""
+    given: dict[str, Any] = {"privacy": Privacy.OWN, "load_wait": 30.0, "keep_alive_event_seconds": 0.02, **config}
+    async with two_hosts({THERE: MINE, ELSEWHERE: STRANGER}, **given) as (api, one, two):
+        api.routes.set(route("tiny", remote(ELSEWHERE)))
+        yield api, one, two
+
+
+async def test_a_request_waits_for_the_own_model_while_a_strangers_copy_answers() -> None:
+    async with one_of_strangers() as (api, _, strangers), fake_upstream(answer) as engine:
+        own = loading(HERE, here=True)
+        api.routes.set(route("tiny", own, remote(ELSEWHERE)), awaited={NAME: Awaited(text="it is loading here")})
+        pieces: list[bytes] = []
+        async with api.client.stream("POST", CHAT, content=STREAMED) as got:
+            assert got.status_code == 200
+            async for piece in got.aiter_bytes():
+                if not pieces:
+                    api.routes.set(route("tiny", local(engine.address), remote(ELSEWHERE)))
+                pieces.append(piece)
+        assert pieces[0].startswith(b": the model is being loaded: it is loading here")
+        assert b'{"choices":[]}' in b"".join(pieces)
+        assert len(engine.calls) == 1
+        assert not strangers.calls
+
+
+async def test_what_another_node_of_the_circle_loads_is_waited_for_and_not_loaded_here_too() -> None:
+    async with one_of_strangers() as (api, own, strangers), TaskScope("test") as scope:
+        api.routes.set(route("tiny", loading(THERE, here=False), remote(ELSEWHERE)))
+        asking = scope.spawn(api.post(BODY, CHAT), "ask")
+        async with api.client.stream("POST", CHAT, content=STREAMED) as got:
+            async for piece in got.aiter_bytes():
+                assert piece.startswith(b": the model is being loaded")
+                break
+            assert not asking.done()
+            api.routes.set(route("tiny", remote(THERE), remote(ELSEWHERE)))
+        assert (await asking).headers["x-mesh-llm-node"] == THERE
+        assert api.traffic.awaited == []
+        assert own.calls
+        assert not strangers.calls
+
+
+async def test_a_model_that_only_strangers_serve_is_loaded_here_or_refused_with_the_reason() -> None:
+    async with one_of_strangers() as (api, _, strangers), TaskScope("test") as scope:
+        asking = scope.spawn(api.post(BODY, CHAT), "ask")
+        await api.traffic.until(lambda: bool(api.traffic.awaited))
+        assert api.traffic.awaited[0][1] == LoadAsker(anywhere=False, circle=frozenset({MINE}))
+        api.routes.set(route("tiny", remote(ELSEWHERE)), awaited={NAME: Awaited(problem_here="it is too large")})
+        refused = await asking
+        assert refused.status_code == 403
+        error = refused.json()["error"]
+        assert error["code"] == "outside_circle"
+        assert "This node does not load it: it is too large." in error["message"]
+        assert not strangers.calls
+
+
+async def test_without_waits_for_loads_a_request_still_waits_for_its_own_model() -> None:
+    async with one_of_strangers(load_wait=0.0) as (api, _, strangers), fake_upstream(answer) as engine:
+        api.routes.set(route("tiny", loading(HERE, here=True), remote(ELSEWHERE)))
+        async with TaskScope("test") as scope:
+            asking = scope.spawn(api.post(BODY, CHAT), "ask")
+            await api.traffic.until(lambda: "tiny" in api.traffic.asked)
+            assert not asking.done()
+            api.routes.set(route("tiny", local(engine.address), remote(ELSEWHERE)))
+            assert (await asking).status_code == 200
+        assert not strangers.calls
+
+
+async def test_a_split_that_loads_here_with_a_worker_outside_is_not_waited_for() -> None:
+    async with one_of_strangers() as (api, _, strangers):
+        mine = msgspec.structs.replace(loading(HERE, here=True), workers=(ELSEWHERE,))
+        api.routes.set(route("tiny", mine, status=ModelStatus.LOADING))
+        refused = await api.post(BODY, CHAT)
+        assert refused.status_code == 403
+        assert ELSEWHERE[:10] in refused.json()["error"]["message"]
+        assert not strangers.calls
+
+
+@pytest.mark.parametrize("loads", [True, False])
+async def test_a_request_whose_own_model_is_unloaded_on_the_way_waits_for_it_again(*, loads: bool) -> None:
+    async with (
+        running_api([route("tiny", status=ModelStatus.COLD)]) as other,
+        peer_streams(other.server, HERE) as address,
+        one_of_strangers() as (api, _, strangers),
+        fake_upstream(answer) as engine,
+        TaskScope("test") as scope,
+    ):
+        api.mesh.nodes[THERE] = address
+        api.routes.set(route("tiny", remote(THERE), remote(ELSEWHERE)))
+        asking = scope.spawn(api.post(BODY, CHAT), "ask")
+        await api.traffic.until(lambda: bool(api.traffic.ended))
+        api.routes.set(route("tiny", remote(ELSEWHERE)))
+        await api.traffic.until(lambda: bool(api.traffic.awaited))
+        assert api.traffic.awaited[0][1] == LoadAsker(anywhere=False, circle=frozenset({MINE}))
+        if loads:
+            api.routes.set(route("tiny", local(engine.address), remote(ELSEWHERE)))
+        else:
+            api.routes.set(route("tiny", remote(ELSEWHERE)), awaited={NAME: Awaited(problem_here="it is too large")})
+        assert (await asking).status_code == (200 if loads else 403)
+        assert len(engine.calls) == loads
+        assert not strangers.calls

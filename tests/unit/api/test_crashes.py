@@ -25,8 +25,9 @@ from tests.support.api_harness import (
 from tests.support.fake_upstream import Call, FakeUpstream, Script, fake_upstream
 
 from mesh_llm.api.crashes import CrashGuard, EngineEndReport, digest
+from mesh_llm.api.stream_watchdog import StreamWatchdog
 from mesh_llm.api.types import ApiConfig
-from mesh_llm.api.upstream import StreamWatchdog, TargetLostError, Upstream
+from mesh_llm.api.upstream import TargetLostError, Upstream
 from mesh_llm.api.validation import constrains_output
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError

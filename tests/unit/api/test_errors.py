@@ -126,6 +126,18 @@ async def test_an_engines_error_before_its_answer(path: str, far: bool, stream: 
 
 
 @pytest.mark.parametrize("path", PATHS)
+async def test_a_request_without_messages_is_the_requests_fault(path: str) -> None:
+    async def refuse(call: Call) -> None:
+        await call.respond(b'{"error":{"code":500,"message":"\'messages\' is required","type":"server_error"}}', 500)
+
+    async with fake_upstream(refuse) as engine, running_api([route("tiny", local(engine.address))]) as api:
+        answer = await api.post(b"{}", path)
+        assert answer.status_code == 400
+        check(path, answer.json())
+        assert "'messages' is required" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
 async def test_a_prompt_that_fits_nowhere_is_400_with_the_largest_context_there_is(path: str) -> None:
     async def refuse(call: Call) -> None:
         await call.respond(too_long(809, 512), 400, kind=b"application/json")

@@ -51,7 +51,9 @@ class NoReply:
 
 
 def request(owner: str, body: bytes = b"{}", path: str = CHAT) -> ModelRequest:
-    asked = Request("POST", path, "", (), _nothing, owner=owner)
+    """An owner whose name begins so is a stranger."""
+    source = "192.0.2.1" if owner.startswith("stranger") else None
+    asked = Request("POST", path, "", (), _nothing, owner=owner, stranger=source)
     return ModelRequest(asked, body, ModelName("tiny"), NoReply(), 0.0, 0.0)
 
 
@@ -119,6 +121,51 @@ async def test_an_owner_with_many_requests_does_not_delay_the_others():
     assert crowd.inside == ["many0", "many1", "many2", "one0", "two0", "many3", "many4", "many5"]
     assert crowd.queue.waiting == 0
     assert not crowd.queue.engines
+
+
+async def test_strangers_queue_behind_all_others_and_leave_the_place_before_the_engine_free():
+    crowd = Crowd()
+    async with asyncio.TaskGroup() as group:
+        for name in ("stranger0", "stranger1", "strangers2", "own0", "own1", "friend0"):
+            await crowd.ask(group, name)
+        # One computes, and goes on; what comes next is for the others.
+        assert crowd.inside == ["stranger0", "own0"]
+        for name in ("stranger0", "own0", "friend0", "own1", "stranger1", "strangers2"):
+            await crowd.end(name)
+    assert crowd.inside == ["stranger0", "own0", "own1", "friend0", "stranger1", "strangers2"]
+    assert crowd.queue.waiting == 0
+    assert not crowd.queue.engines
+
+
+async def test_strangers_are_sent_away_first_and_never_in_place_of_others():
+    crowd = Crowd(longest=4.0)
+    async with asyncio.TaskGroup() as group:
+        await crowd.ask(group, "own0")
+        # One a second: four more can begin in time.
+        await crowd.end("own0", after=1.0)
+        for name in ("own1", "own2", "stranger1", "strangers2", "strangers3", "stranger4"):
+            await crowd.ask(group, name)
+        assert crowd.sent_away == []
+        await crowd.ask(group, "own3")
+        await crowd.ask(group, "own4")
+        await crowd.ask(group, "own5")
+        await crowd.ask(group, "own6")
+        assert crowd.sent_away == ["stranger4 429", "strangers3 429", "stranger1 429", "strangers2 429"]
+        await crowd.ask(group, "stranger7")
+        assert crowd.sent_away[-1] == "stranger7 429"
+        await crowd.end_all()
+    assert crowd.inside == ["own0", "own1", "own2", "own3", "own4", "own5", "own6"]
+
+
+async def test_strangers_take_no_place_that_is_left_for_small_owners():
+    limit = ConcurrencyLimit(16, lambda: 0.0)
+    with ExitStack() as held:
+        for number in range(14):
+            held.enter_context(limit.hold(f"owner{number}"))
+        with pytest.raises(MeshError, match="as many requests"), limit.hold("stranger", last=True):
+            pass
+        with limit.hold("friend"):
+            assert limit.in_flight == 15
 
 
 async def test_a_request_that_leaves_the_queue_is_skipped():
@@ -222,7 +269,29 @@ def test_a_request_that_got_no_place_in_time_is_sent_away():
             began = loop.time()
             with pytest.raises(MeshError) as refused:
                 await stack.enter_async_context(queue.turn(engine(), request("b"), began + 5.0))
-            assert (refused.value.status, loop.time() - began) == (429, pytest.approx(5.0))
+            assert (refused.value.status, loop.time() - began) == (429, pytest.approx(5.0, abs=0.1))
+            assert queue.waiting == 0
+
+    run_virtual(course())
+
+
+def test_a_place_that_became_free_while_the_node_stood_still_is_given_before_anybody_is_sent_away():
+    async def course() -> None:
+        loop = asyncio.get_running_loop()
+        queue = FairQueue(FakeRoutes(snapshot(route("tiny", engine()), default="tiny")), 5.0, loop.time)
+        deadline, end = loop.time() + 5.0, asyncio.Event()
+
+        async def first() -> None:
+            async with queue.turn(engine(), request("a"), deadline):
+                await end.wait()
+
+        async with asyncio.TaskGroup() as group, AsyncExitStack() as stack:
+            group.create_task(first())
+            await settled()
+            await stack.enter_async_context(queue.turn(engine(), request("a"), deadline))
+            # The loop runs again at the deadline, and reads then what came before it.
+            loop.call_at(deadline, lambda: loop.call_soon(lambda: loop.call_soon(end.set)))
+            await stack.enter_async_context(queue.turn(engine(), request("b"), deadline))
             assert queue.waiting == 0
 
     run_virtual(course())

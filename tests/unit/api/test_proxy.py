@@ -243,7 +243,7 @@ async def test_a_client_that_leaves_frees_its_slot_at_once(script: object):
         else:
             await engine.until(lambda: bool(engine.calls))
         writer.transport.abort()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await left.wait()
             await api.traffic.all_ended(1)
         assert api.traffic.ended[0][2]
@@ -266,7 +266,7 @@ async def test_a_client_that_leaves_while_targets_are_tried():
         writer.write(request())
         await reached.wait()
         writer.transport.abort()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await api.traffic.all_ended(1)
 
 
@@ -401,9 +401,16 @@ class FakeCaches:
         return bool(model) and term >= 0
 
     async def begin(
-        self, model: str, term: int, prompt: Sequence[Mark], elsewhere: PromptElsewhere | None = None
+        self,
+        model: str,
+        term: int,
+        engine: str,
+        prompt: Sequence[Mark],
+        elsewhere: PromptElsewhere | None = None,
+        slot: int | None = None,
     ) -> Callable[[], None]:
-        assert (model, term, len(prompt)) == ("tiny", 0, 1)
+        assert slot is None
+        assert (model, term, bool(engine), len(prompt)) == ("tiny", 0, True, 1)
         self.told.append(elsewhere)
         return lambda: None
 
@@ -459,9 +466,13 @@ class FakeGuessing:
         ('"logprobs": 5', True),
         ('"n_probs":1', True),
         ('"include":["message.output_text.logprobs"]', True),
+        ('"lo\\u0067\\u0070robs":true', True),
+        ('"n\\u005Fprobs":1', True),
+        ('"include":["message.output_text\\u002elogprobs"]', True),
         ('"logprobs":false', False),
         ('"logprobs":null,"top_logprobs":0', False),
         ('"user":"\\"logprobs\\":true"', False),
+        ('"user":"\\"lo\\u0067probs\\":true"', False),
     ],
 )
 async def test_an_engine_guesses_nothing_while_it_answers_with_log_probabilities(wanted: str, paused: bool):

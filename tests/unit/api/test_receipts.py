@@ -12,16 +12,25 @@ import pytest
 from tests.support.answering_engine import AnsweringEngine
 from tests.support.api_harness import ELSEWHERE, HERE, THERE, Api, local, peer_streams, remote, route, running_api
 from tests.support.fake_upstream import Call, Script, fake_upstream
-from tests.support.receipts import ASKER, HOST, OTHER, WORKER, read, signer, verify
+from tests.support.receipts import ASKER, HOST, OTHER, WORKER, first, read, signer, statement, verify
 
 from mesh_llm.api.receipts import COMMENT, PART_PATH, Notary, Part
+from mesh_llm.api.recording import FIRST_HEADER
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.trust.receipts import examine, holds, who_saw
+from mesh_llm.core.trust.receipts import Mark, examine, holds, who_saw
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import ByteStream, TransportSilentError
-from mesh_llm.core.types.receipt import Announced, Outcome, Served, Statement
-from mesh_llm.wire.mesh.receipts import request_digest, sign_statement
+from mesh_llm.core.types.receipt import Announced, FirstPart, Outcome, Served, Statement
+from mesh_llm.wire.http.http1 import Headers, ResponseParser, hint_bytes
+from mesh_llm.wire.mesh.receipts import (
+    first_text,
+    parse_first_text,
+    read_first,
+    request_digest,
+    sign_first,
+    sign_statement,
+)
 
 assert (HERE, THERE, ELSEWHERE) == (ASKER, HOST, OTHER)
 CHAT = "/v1/chat/completions"
@@ -311,6 +320,162 @@ async def test_only_who_asked_gets_the_part_and_only_who_asked_the_receipt() -> 
         question = f"GET {PART_PATH}?challenge={challenge} HTTP/1.1\r\nhost: mesh\r\n\r\n".encode()
         assert b"404" in (await exchange(stranger, question))[:20]
         assert b"200" in (await exchange(address, question))[:20]
+
+
+async def test_a_host_signs_what_it_took_before_its_engine_gets_the_prompt() -> None:
+    """Bytes on the way: an interim response, and nothing of it where no receipt is asked for."""
+    challenge, reached = "ab" * 16, asyncio.Event()
+
+    async def never(call: Call) -> None:
+        reached.set()
+        await call.gone()
+
+    def question(part: str) -> bytes:
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: mesh\r\n{part}x-mesh-llm-model: tiny\r\n"
+        return f"{head}content-length: {len(QUESTION)}\r\n\r\n".encode() + QUESTION
+
+    async with host(THERE, never) as (address, _):
+        name, _, port = address.partition(":")
+        reader, writer = await asyncio.open_connection(name, int(port))
+        writer.write(question(f"x-mesh-llm-receipt-part: {challenge}.\r\n"))
+        hints: list[Headers] = []
+        parser = ResponseParser(hinted=hints.append)
+        assert parser.feed(await reader.readuntil(b"\r\n\r\n")) == []
+        ((field, value),) = hints[0]
+        assert field == FIRST_HEADER
+        said = read_first(THERE, parse_first_text(value), verify)
+        assert isinstance(said, FirstPart)
+        assert (said.asker, said.challenge, said.request) == (
+            HERE,
+            bytes.fromhex(challenge),
+            request_digest("POST", CHAT, QUESTION),
+        )
+        assert (said.model, said.quantisation, said.content) == ("tiny", "Q8_0", b"m" * 32)
+        await reached.wait()
+        writer.close()
+    async with host(THERE, whole) as (address, _):
+        assert (await exchange(address, question(""))).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_receipt_needs_no_first_part_where_its_host_signed_the_end() -> None:
+    async with host(THERE, whole) as (address, _), asking((THERE, address)) as api:
+        answer = await api.post(QUESTION, CHAT, x_mesh_llm_receipt="on")
+        checked = read(answer.headers["x-mesh-llm-receipt"])
+        assert holds(examine(checked)), examine(checked)
+        assert checked.firsts == (None,)
+        assert FIRST_HEADER.decode() not in answer.headers
+
+
+def takes(lie: str = "") -> Script:
+    """A host that signs its first part, begins to answer, and is killed."""
+    before: list[bytes] = []
+    begins = streaming(dies_after=7)
+
+    async def script(call: Call) -> None:
+        challenge, _, previous = call.headers[b"x-mesh-llm-receipt-part"].partition(b".")
+        honest = first(
+            THERE,
+            challenge=bytes.fromhex(challenge.decode()),
+            previous=bytes.fromhex(previous.decode()),
+            request=request_digest(call.method, call.target, call.body),
+        )
+        before.append(sign_first(honest, signer(THERE)))
+        said = {
+            "forged": sign_first(honest, signer(ELSEWHERE)),
+            "replayed": before[0],
+            "other host": sign_first(msgspec.structs.replace(honest, host=ELSEWHERE), signer(ELSEWHERE)),
+            "other request": sign_first(msgspec.structs.replace(honest, request=b"r" * 32), signer(THERE)),
+        }.get(lie, before[-1])
+        text = {"noise": b"noise", "cut": first_text(said[:-9]), "long": b"A" * 20_000}.get(lie, first_text(said))
+        await call.send(hint_bytes([(FIRST_HEADER, text)]))
+        await begins(call)
+
+    return script
+
+
+async def test_a_killed_host_has_signed_that_it_took_the_prompt() -> None:
+    async with (
+        fake_upstream(takes()) as mortal,
+        host(ELSEWHERE, streaming("second")) as (address, _),
+        asking((THERE, mortal.address), (ELSEWHERE, address)) as api,
+    ):
+        answer = await api.post(STREAMED, CHAT, x_mesh_llm_receipt="on")
+        assert b"continued by" in answer.content
+        checked = read(answer.content.partition(COMMENT)[2].decode().strip())
+        assert holds(examine(checked)), examine(checked)
+        assert [(one.node, one.part, one.signed, one.first_only) for one in who_saw(checked)] == [
+            (HERE, "asked", True, False),
+            (THERE, "lost", True, True),
+            (ELSEWHERE, "host", True, False),
+        ]
+        # The second host has signed what the first one had: it cannot be taken out.
+        assert isinstance(said := checked.statements[1], Statement)
+        assert said.previous == checked.chain[0]
+        shown = await kept(api, checked.receipt.id.hex())
+        assert any("did not sign how its answer ended" in one["text"] for one in shown["findings"])
+        assert [one["first_only"] for one in shown["seen"]] == [False, True, False]
+
+
+async def test_of_an_answer_that_nobody_ended_the_first_part_is_shown() -> None:
+    async with fake_upstream(takes()) as mortal, asking((THERE, mortal.address)) as api:
+        answer = await api.post(STREAMED, CHAT, x_mesh_llm_receipt="on")
+        shown = await kept(api, answer.headers["x-mesh-llm-receipt-id"])
+        assert shown["holds"], shown["findings"]
+        assert (shown["model"], shown["quantisation"], shown["tokens"]) == ("tiny", "Q8_0", 0)
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        ("forged", "the signature is not its host's"),
+        ("replayed", "the challenge differs"),
+        ("other host", "the signature is not its host's"),
+        ("other request", "the host got another request"),
+        ("cut", "the signature is not its host's"),
+        ("noise", ""),
+        ("long", ""),
+    ],
+)
+async def test_a_host_that_lies_in_its_first_part_is_found_out(lie: str, said: str) -> None:
+    async with (
+        fake_upstream(takes(lie)) as mortal,
+        host(ELSEWHERE, streaming("second")) as (address, _),
+        asking((THERE, mortal.address), (ELSEWHERE, address)) as api,
+    ):
+        # A replayed one is of the answer before.
+        await api.post(STREAMED, CHAT, x_mesh_llm_receipt="on")
+        answer = await api.post(STREAMED, CHAT, x_mesh_llm_receipt="on")
+        assert b"continued by" in answer.content
+        checked = read(answer.content.partition(COMMENT)[2].decode().strip())
+        assert not any(one.signed for one in who_saw(checked) if one.node == THERE)
+        wrong = [one.text for one in examine(checked) if one.mark is Mark.FAILS]
+        assert [said in one for one in wrong] == ([True] if said else []), wrong
+
+
+@pytest.mark.parametrize("lie", [{}, {"context": 1}, {"content": b"n" * 32}])
+async def test_a_host_whose_end_contradicts_its_first_part_is_found_out(lie: dict[str, Any]) -> None:
+    parts: list[Part] = []
+
+    async def host_of_both(call: Call) -> None:
+        if call.target.startswith(PART_PATH):
+            await call.respond(msgspec.json.encode(parts[-1]), kind=b"application/json")
+            return
+        facts: dict[str, Any] = {
+            "challenge": bytes.fromhex(call.headers[b"x-mesh-llm-receipt-part"].partition(b".")[0].decode()),
+            "request": request_digest("POST", CHAT, QUESTION),
+        }
+        said = statement(THERE, answer=sha256(WHOLE).digest(), answer_bytes=len(WHOLE), **facts)
+        parts.append(Part(*sign_statement(said, signer(THERE))))
+        begins = sign_first(first(THERE, **facts, **lie), signer(THERE))
+        await call.send(hint_bytes([(FIRST_HEADER, first_text(begins))]))
+        await call.respond(WHOLE, kind=b"application/json")
+
+    async with fake_upstream(host_of_both, answers_nodes=True) as both, asking((THERE, both.address)) as api:
+        answer = await api.post(QUESTION, CHAT, x_mesh_llm_receipt="on")
+        shown = await kept(api, answer.headers["x-mesh-llm-receipt-id"])
+        assert shown["holds"] is not bool(lie)
+        wrong = [one["text"] for one in shown["findings"] if one["mark"] == "fails"]
+        assert ["contradicts itself" in one for one in wrong] == ([True] if lie else [])
 
 
 async def exchange(address: str, data: bytes) -> bytes:

@@ -79,7 +79,7 @@ async def test_what_does_not_end_in_time_is_cut():
         reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
         writer.write(POST)
         await reader.readuntil(b"data: 1")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await api.server.stop(0.1)
             await left.wait()
             with pytest.raises(asyncio.IncompleteReadError):
@@ -134,6 +134,14 @@ async def second_door(
         async with httpx.AsyncClient(base_url=url, verify=False, trust_env=False, timeout=30.0) as client:
             yield client, api, engine
         await server.stop(0.2)
+
+
+@pytest.mark.parametrize(("option", "listen"), [("--port", "--listen"), ("--console", "--console-listen")])
+def test_an_address_of_another_machine_says_which_option_sets_it(option: str, listen: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        bind("203.0.113.1", 0, option)
+    assert caught.value.code == "cannot_listen"
+    assert f"{listen} ADDR" in caught.value.hint
 
 
 async def test_a_request_for_an_upgrade_is_answered_there_too() -> None:
@@ -338,7 +346,7 @@ async def test_a_peer_that_leaves_frees_the_slot():
         writer.write(request())
         await api.traffic.until(lambda: bool(api.traffic.begun))
         writer.transport.abort()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await left.wait()
             await api.traffic.all_ended(1)
 

@@ -7,9 +7,10 @@ import pytest
 from tests.support.api_harness import ELSEWHERE, THERE, FakeRoutes, local, remote, route, running_api, snapshot
 from tests.support.fake_upstream import Call, fake_upstream
 
-from mesh_llm.api import upstream
+from mesh_llm.api import stream_watchdog
+from mesh_llm.api.stream_watchdog import StreamWatchdog, WatchedStream
 from mesh_llm.api.types import ApiConfig
-from mesh_llm.api.upstream import StreamWatchdog, WatchedStream, first_byte_seconds
+from mesh_llm.api.upstream import first_byte_seconds
 from mesh_llm.core.routing.ranking import ModelRoute, Target
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelStatus
@@ -31,7 +32,7 @@ async def test_an_idle_connection_does_not_hold_what_others_wait_for():
                 await call.gone()
 
     async with fake_upstream(script) as engine, running_api([route("tiny", local(engine.address))]) as api:
-        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
             first = group.create_task(api.post())
             second = group.create_task(api.post())
             await engine.until(lambda: len(engine.calls) == 2)
@@ -44,7 +45,7 @@ async def test_idle_connections_are_closed_with_the_server():
         async with running_api([route("tiny", local(engine.address))]) as api:
             await api.post()
             assert engine.open == 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await engine.until(lambda: engine.open == 0)
 
 
@@ -220,7 +221,7 @@ async def test_a_frozen_node_is_left_for_one_that_answers():
 
 
 async def test_without_a_stream_nothing_is_checked_and_with_one_it_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(upstream, "_WATCH_PERIOD", 0.01)
+    monkeypatch.setattr(stream_watchdog, "_WATCH_PERIOD", 0.01)
     checks: asyncio.Queue[float] = asyncio.Queue()
 
     def check(_: StreamWatchdog, passed: float) -> None:
@@ -228,7 +229,7 @@ async def test_without_a_stream_nothing_is_checked_and_with_one_it_is(monkeypatc
 
     monkeypatch.setattr(StreamWatchdog, "check", check)
     watch = vigil(route("tiny", local("127.0.0.1:1")))
-    async with TaskScope("watchdog") as scope, asyncio.timeout(5):
+    async with TaskScope("watchdog") as scope, asyncio.timeout(20):
         scope.spawn(watch.run(), "run")
         await asyncio.sleep(0.1)
         assert checks.empty()

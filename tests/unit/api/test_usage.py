@@ -37,7 +37,7 @@ def test_a_key_is_found_by_its_secret_and_as_it_was_written_before_names_existed
         assert ring.name_of([wrong]) == ""
 
 
-async def test_requests_and_tokens_are_counted_by_name_and_no_secret_is_shown():
+async def test_requests_and_tokens_are_counted_by_name_and_no_key_is_shown():
     async def script(call: Call) -> None:
         await call.respond(ANSWER, kind=b"application/json")
 
@@ -174,14 +174,14 @@ def test_a_file_that_is_not_right_is_not_used(tmp_path: Path, content: bytes):
     book = UsageBook(Metrics(), file)
     assert book.usage() == ()
     book.ended("laptop", status=200, prompt=1, generated=2)
-    book.save()
+    book.file.save()
     assert UsageBook(Metrics(), file).usage()[0].tokens == 2
 
 
 def test_a_file_that_cannot_be_written_loses_nothing(tmp_path: Path):
     book = UsageBook(Metrics(), tmp_path / "none" / "usage.json")
     book.ended("laptop", status=200, prompt=1, generated=2)
-    book.save()
+    book.file.save()
     assert book.usage()[0].tokens == 2
 
 

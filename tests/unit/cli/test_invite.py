@@ -9,7 +9,7 @@ from tests.unit.cli.test_status import BASE
 
 from mesh_llm.cli.invite import _line, invite_lines, means_invite
 from mesh_llm.cli.options import Duration
-from mesh_llm.console.schema import StatusPeer
+from mesh_llm.console.status import StatusPeer
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord
 

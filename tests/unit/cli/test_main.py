@@ -1,6 +1,7 @@
 """The command's frame: every verb can be called, and asking for help costs nothing."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from mesh_llm import __version__
 from mesh_llm.cli.main import VERBS, cli
+from mesh_llm.core.types.errors import MeshError
 
 HEAVY = ("asyncio", "iroh", "xllamacpp", "rich", "uvicorn", "starlette", "psutil", "structlog", "prometheus_client")
 
@@ -26,11 +28,31 @@ def test_help_imports_nothing_heavy() -> None:
     assert "--model" in done.stdout
 
 
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'click': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from mesh_llm.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_every_verb_has_help(verb: str) -> None:
     result = CliRunner().invoke(cli, [verb, "--help"], catch_exceptions=False)
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def test_a_receipt_from_a_pipe_that_brings_none() -> None:
+    result = CliRunner().invoke(cli, ["receipt", "show", "-"], input="nothing")
+    assert isinstance(result.exception, MeshError)
+    assert "no receipt in standard input" in result.exception.message
 
 
 def test_the_list_of_verbs_is_complete() -> None:
@@ -44,10 +66,15 @@ def test_version() -> None:
     assert CliRunner().invoke(cli, ["--version"]).output == f"mesh-llm {__version__}\n"
 
 
-def test_an_unknown_verb_is_a_usage_error() -> None:
-    result = CliRunner().invoke(cli, ["srve"])
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [("stats", "Did you mean status?"), ("srve", "Did you mean serve or service?"), ("qwen", "mesh-llm --model qwen")],
+)
+def test_an_unknown_verb_is_a_usage_error_that_says_what_may_be_meant(word: str, says: str) -> None:
+    result = CliRunner().invoke(cli, [word])
     assert result.exit_code == 2
-    assert "No such command" in result.output
+    assert f"No such command '{word}'. " in result.output
+    assert says in result.output
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

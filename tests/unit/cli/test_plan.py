@@ -8,7 +8,15 @@ from click.testing import CliRunner
 from tests.support.gguf_writer import header, llama_metadata, llama_tensors
 
 from mesh_llm.cli.plan import plan, render
-from mesh_llm.core.performance.plan import PlanAnswer, PlanMachine, PlanMemory, PlanNode, PlanOffload, PlanSplit
+from mesh_llm.core.performance.plan import (
+    PlanAnswer,
+    PlanMachine,
+    PlanMemory,
+    PlanNode,
+    PlanOffload,
+    PlanPrompt,
+    PlanSplit,
+)
 from mesh_llm.core.types.errors import MeshError
 
 HERE = PlanNode(node_id="a" * 64, name="desk", layers=10, ratio=0.6, memory_bytes=7_000_000_000)
@@ -35,14 +43,18 @@ def test_a_split_is_told_with_its_parts_and_its_speed() -> None:
             have_bytes=14 * 10**9,
             nodes=SPLIT.nodes,
             predicted_tps=7.25,
-            prompt_tps=64.0,
-            first_token_s=32.0,
+            full_tps=3.5,
+            prompts=(
+                PlanPrompt(tokens=2048, tokens_per_second=64.0, first_token_s=32.0),
+                PlanPrompt(tokens=4096, tokens_per_second=50.0, first_token_s=81.92),
+            ),
             machines=MACHINES,
             split=SPLIT,
         )
     )
-    assert "speed      about 7.2 tokens/s, one request at a time" in text
+    assert "speed      about 7.2 tokens/s, one request at a time; about 3.5 tokens/s at the end of 4,096 tokens" in text
     assert "prompts    about 64.0 tokens/s: the first token 32.0 s after one of 2,048 tokens" in text
+    assert "           about 50.0 tokens/s: the first token 81.9 s after one of 4,096 tokens" in text
     assert "It would be divided so: about 7.2 tokens/s, of which the network takes 4.0 ms a token." in text
     assert "desk  host      10" in text
     assert "at a time" not in text.replace("one request at a time", "")
@@ -51,10 +63,30 @@ def test_a_split_is_told_with_its_parts_and_its_speed() -> None:
     assert "lap: it does not have this model's file" in text
 
 
+def test_a_speed_of_a_split_names_the_length_of_its_prompt() -> None:
+    split = msgspec.structs.replace(SPLIT, prompt_tps=534.0)
+    text = render(PlanAnswer(model="big", runs="here", message="", nodes=SPLIT.nodes, split=split))
+    assert "a prompt of 2,048 tokens about 534.0 tokens/s" in text
+
+
+def test_a_full_context_is_told_only_where_it_is_slower() -> None:
+    answer = PlanAnswer(model="m", runs="here", message="", context=4096, predicted_tps=10.0, full_tps=9.5)
+    assert "at the end of" not in render(answer)
+    assert "at the end of" in render(msgspec.structs.replace(answer, full_tps=5.0))
+
+
 def test_the_size_of_a_prompts_pieces_is_told_where_it_is_chosen() -> None:
     split = msgspec.structs.replace(SPLIT, micro_batch=128)
     text = render(PlanAnswer(model="big", runs="split", message="", nodes=SPLIT.nodes, split=split))
     assert "Prompts are computed 128 tokens at a time, so that all machines work at once." in text
+
+
+def test_how_many_engines_share_the_slots_and_what_all_requests_get_is_said() -> None:
+    split = msgspec.structs.replace(SPLIT, slots=8, groups=2, groups_why="1.32 times as many", together_tps=30.0)
+    text = render(PlanAnswer(model="big", runs="split", message="", nodes=SPLIT.nodes, split=split))
+    assert "On the host 2 engines share all 8 slots (1.32 times as many): about 30.0 tokens/s together." in text
+    one = render(PlanAnswer(model="big", runs="split", message="", nodes=SPLIT.nodes, split=SPLIT))
+    assert "On the host one engine has the one slot." in one
 
 
 def test_what_does_not_fit_says_what_to_do() -> None:

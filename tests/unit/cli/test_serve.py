@@ -3,7 +3,7 @@
 import msgspec
 
 from mesh_llm.cli.serve import next_steps
-from mesh_llm.console.schema import Status, StatusModel
+from mesh_llm.console.status import Status, StatusModel
 
 STATUS = Status(
     version="1", node_id="a" * 64, mesh_id="b" * 64, mesh_name="lab", name="desk", role="serve", ready=True,

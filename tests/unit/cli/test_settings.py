@@ -21,6 +21,7 @@ from mesh_llm.cli.settings import (
     to_settings,
 )
 from mesh_llm.core.config import YieldPolicy
+from mesh_llm.core.trust.strangers import NO_LIMITS, StrangerLimits
 from mesh_llm.core.types.announcement import ListingPolicy
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.model_settings import ModelSettings, guesses_alone
@@ -338,6 +339,23 @@ def test_nothing_is_published_unless_asked_for() -> None:
     assert settings.urls == DEFAULT_RELAYS
 
 
+def test_strangers_may_only_ask_unless_said_otherwise() -> None:
+    for words, scope in (((), "client"), (("--publish-scope", "serve"), "serve")):
+        policy = discovery("--publish", *words).publicity
+        assert policy is not None
+        assert policy.scope == scope
+
+
+def test_quotas_of_strangers() -> None:
+    assert to_settings(parse()).stranger_limits == StrangerLimits()
+    assert to_settings(parse("--stranger-limit", "off")).stranger_limits == NO_LIMITS
+    read = to_settings(parse("--stranger-limit", "concurrent=1, all_tokens_per_day=off")).stranger_limits
+    assert read == StrangerLimits(concurrent=1, all_tokens_per_day=0)
+    for wrong in ("", "5", "concurrent=0", "concurrent=1,", "concurrent=1,concurrent=2", "tokens=5", "concurrent=-1"):
+        with pytest.raises(MeshError, match="--stranger-limit"):
+            to_settings(parse("--stranger-limit", wrong))
+
+
 def test_what_is_published_arrives() -> None:
     settings = discovery(
         "--publish", "--mesh-name", "Sydney Lab", "--region", "AU", "--max-clients", "5", "--publish-scope", "client",
@@ -368,6 +386,7 @@ def test_nobody_merges_unless_asked_to() -> None:
         (("--publish", "--merge", "ab" * 7), "is not the key of a mesh"),
         (("--publish", "--mesh-name", "x" * 65), "--mesh-name takes up to 64"),
         (("--region", "a\x1b[2J"), "--region takes up to 32 printable"),
+        (("--name", "x" * 65), "--name takes up to 64 printable"),
         (("--nostr-relay", "https://relay.example.org"), "is not the address"),
         (("--nostr-relay", "relay.example.org"), "is not the address"),
     ],

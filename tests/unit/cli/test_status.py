@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
-from mesh_llm.cli.status import peer_row, render
-from mesh_llm.console.schema import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
+from mesh_llm.cli.status import PEER_HEAD, peer_row, render
+from mesh_llm.console.status import Status, StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 from mesh_llm.core.types.errors import duration, size
 
 BASE = Status(
@@ -93,10 +93,17 @@ def test_a_split_model_is_told_with_who_computes_what() -> None:
     assert "big is split over 3 nodes: 8.2 tokens/s, 9.5 predicted, 2.0 round trips a token" in text
     read = msgspec.structs.replace(split, measured_prompt_tps=120.4, predicted_prompt_tps=150.0)
     both = render(msgspec.structs.replace(BASE, split=read))
-    assert "9.5 predicted, prompts 120 tokens/s, 150 predicted, 2.0 round trips a token" in both
+    assert "9.5 predicted, prompts of 2,048 tokens 120 tokens/s, 150 predicted, 2.0 round trips a token" in both
     first = msgspec.structs.replace(split, predicted_prompt_tps=150.0)
-    assert "9.5 predicted, prompts 150 predicted, 2.0 round" in render(msgspec.structs.replace(BASE, split=first))
+    assert "9.5 predicted, prompts of 2,048 tokens 150 predicted, 2.0 round" in render(
+        msgspec.structs.replace(BASE, split=first)
+    )
     assert "Activations" not in text
+    several = msgspec.structs.replace(split, groups=2, groups_planned=2, groups_why="1.3 times the tokens of one")
+    text = render(msgspec.structs.replace(BASE, split=several))
+    assert "2 engines share the slots (1.3 times the tokens of one)." in text
+    fewer = msgspec.structs.replace(several, groups=1)
+    assert "the tokens of one); 1 now." in render(msgspec.structs.replace(BASE, split=fewer))
     rounded = msgspec.structs.replace(split, wire="f16 for prompts, f32 for tokens")
     text = render(msgspec.structs.replace(BASE, split=rounded))
     assert "\nActivations travel as f16 for prompts, f32 for tokens." in text
@@ -147,3 +154,11 @@ def test_what_is_on_gpu_and_processor_is_told_with_the_cache_type() -> None:
 def test_the_node_says_itself_whether_it_waits_or_loads() -> None:
     for health in ("waiting", "loading"):
         assert f"desk: serve, {health}, up" in render(msgspec.structs.replace(BASE, health=health))
+
+
+@pytest.mark.parametrize(("owner", "shown"), [("1" * 64, "yours"), ("2" * 64, "2222222222"), ("", "-")])
+def test_whose_a_peer_is(owner: str, shown: str) -> None:
+    peer = StatusPeer(node_id="c" * 64, name="lap", role="serve", state="alive", owner=owner)
+    assert peer_row(peer, "1" * 64)[PEER_HEAD.index("OWNER")] == shown
+    # Without an owner here, nobody's node is yours.
+    assert peer_row(peer)[PEER_HEAD.index("OWNER")] in {owner[:10], "-"}

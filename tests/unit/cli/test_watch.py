@@ -9,14 +9,8 @@ from tests.unit.console.fake_daemon import FakeDaemon
 
 from mesh_llm.api.types import Bucket, History
 from mesh_llm.cli.watch import Seen, Trouble, View, sparkline
-from mesh_llm.console.schema import (
-    DownloadRecord,
-    NoticeRecord,
-    StatusModel,
-    StatusPeer,
-    StatusSplit,
-    StatusSplitWorker,
-)
+from mesh_llm.console.schema import DownloadRecord, NoticeRecord
+from mesh_llm.console.status import StatusModel, StatusPeer, StatusSplit, StatusSplitWorker
 
 EVIL = "\x1b[2J[red]name[/]\nnext"
 

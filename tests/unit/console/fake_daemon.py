@@ -10,7 +10,8 @@ from mesh_llm.console.app import ConsoleApp
 from mesh_llm.console.auth import AcceptsKey, Authenticator, Sessions
 from mesh_llm.console.calls import Backend
 from mesh_llm.console.logs import LogReader
-from mesh_llm.console.schema import MemberRevoked, MemberScope, ModelAccepted, NoticeRecord, Status, StatusModel
+from mesh_llm.console.schema import MemberRevoked, MemberScope, ModelAccepted, NoticeRecord
+from mesh_llm.console.status import Status, StatusModel
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.net.admission.records import InviteRecord
 
@@ -117,7 +118,7 @@ def console_app(
     models: ASGIApp | None = None,
 ) -> Starlette:
     """The console of this daemon."""
-    sessions = sessions or Sessions()
+    sessions = Sessions() if sessions is None else sessions
     pages = (PAGE, *origins) if page else ()
     desk = Backend(daemon, LogReader(logs), sessions=sessions, cookie=COOKIE, pages=pages)
     authenticator = Authenticator(token, sessions, COOKIE, accepts, origins, hosts=hosts)

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
 from mesh_llm.console.auth import TOKEN_HEADER
-from mesh_llm.console.schema import Status
+from mesh_llm.console.status import Status
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import httpx
 import pytest
 from tests.unit.console.fake_daemon import COOKIE, PAGE, TOKEN, FakeDaemon, console_app
 
-from mesh_llm.console.app import CALLS
 from mesh_llm.console.auth import (
     CODE_SECONDS,
     MOST_CODES,
@@ -20,6 +19,7 @@ from mesh_llm.console.auth import (
     Access,
     Sessions,
 )
+from mesh_llm.console.routes import CALLS
 from mesh_llm.core.types.errors import MeshError
 
 ORIGIN = "https://mesh.example"
@@ -49,7 +49,7 @@ def test_a_code_is_good_once_and_for_a_quarter_of_an_hour() -> None:
     assert refusal(sessions, code) == "sign_in_code"
     clock.now += CODE_SECONDS
     assert refusal(sessions, late) == "sign_in_code"
-    assert len(sessions) == 1
+    assert sessions.count == 1
 
 
 def test_half_a_session_is_none() -> None:
@@ -65,7 +65,7 @@ def test_everything_is_bounded_and_the_oldest_makes_room() -> None:
     assert refusal(sessions, codes[0]) == "sign_in_code"
     sessions.redeem(codes[1])
     opened = [sessions.open() for _ in range(MOST_SESSIONS)]
-    assert len(sessions) == MOST_SESSIONS
+    assert sessions.count == MOST_SESSIONS
     assert sessions.accepts(opened[0].cookie, opened[0].key)
     sessions.open()
     # Not the one that was used last.

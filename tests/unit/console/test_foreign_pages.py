@@ -14,8 +14,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 from tests.unit.console.fake_daemon import TOKEN, FakeDaemon, console_app
 
-from mesh_llm.console.app import CALLS
 from mesh_llm.console.auth import TOKEN_HEADER, Access
+from mesh_llm.console.routes import CALLS
 
 CHANGES = [(call.method, call.path) for call in CALLS if call.access is Access.CHANGE]
 OPEN = ["/api/health", "/", "/console.js", "/api/openapi.json"]

@@ -7,9 +7,9 @@ import msgspec
 from starlette.routing import Mount
 from tests.unit.console.fake_daemon import FakeDaemon, console_app
 
-from mesh_llm.console.app import CALLS
 from mesh_llm.console.auth import Access
 from mesh_llm.console.openapi import FILE, describe, text
+from mesh_llm.console.routes import CALLS
 
 
 def test_the_file_is_what_the_calls_give() -> None:

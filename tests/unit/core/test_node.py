@@ -8,6 +8,7 @@ from tests.support.fake_peers import FakePeers
 from mesh_llm.core.node import Node
 from mesh_llm.core.placement.local_models import LoadRefused
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.types.announcement import Ownership
 from mesh_llm.core.types.effects import AnyEffect, Finished, Notice, SetRoutes, StartEngine, StopEngine
 from mesh_llm.core.types.events import (
     AddressesChanged,
@@ -18,6 +19,7 @@ from mesh_llm.core.types.events import (
     LoadRequested,
     ModelsChanged,
     ModelUnavailable,
+    OwnershipChanged,
     PeerConnected,
     RoutesLearned,
     Started,
@@ -26,7 +28,7 @@ from mesh_llm.core.types.events import (
     Tick,
     TrafficSampled,
 )
-from mesh_llm.core.types.ids import ModelName, Term
+from mesh_llm.core.types.ids import ModelName, OwnerId, Term
 from mesh_llm.core.types.model import Capacity, LaunchPlan, ModelKind, ModelStatus, Role
 
 M = ModelName("m")
@@ -138,6 +140,19 @@ def test_drop_then_load_again() -> None:
     assert trial.peers.published[-1].wanted == ()
     (start,) = of_kind(trial.does(LoadRequested(model=M)), StartEngine)
     assert start.term == 2
+
+
+def test_whose_node_it_is_is_announced_as_soon_as_it_changes() -> None:
+    trial = Trial("m")
+    trial.does(started("m"), ready())
+    assert trial.peers.published[-1].ownership is None
+    mine = Ownership(owner=OwnerId("1" * 64), issued=0, expires=2**40, signature=b"s" * 64)
+    for ownership, known in ((mine, {trial.node.config.node: mine}), (None, {})):
+        trial.does(OwnershipChanged(ownership=ownership))
+        trial.passes(1.0)
+        assert trial.peers.published[-1].ownership == ownership
+        # Passive nodes get it with the routes.
+        assert trial.node.snapshot.owners == known
 
 
 def test_a_dead_engine_leaves_the_routes_at_once_and_comes_back() -> None:

@@ -8,7 +8,8 @@ from tests.support.fake_peers import FakePeers
 
 from mesh_llm.api.types import StatusRequests
 from mesh_llm.console.calls import Management
-from mesh_llm.console.schema import ModelAccepted, Status
+from mesh_llm.console.schema import ModelAccepted
+from mesh_llm.console.status import Status
 from mesh_llm.core.config import OnDemandPolicy
 from mesh_llm.core.node import Node
 from mesh_llm.core.performance.prediction import Link

@@ -1,7 +1,22 @@
-from mesh_llm.console.schema import StatusPeer
-from mesh_llm.daemon.doctor import Finding, Verdict, check_devices, check_engines, check_peers, check_service
+import errno
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mesh_llm.console.status import StatusPeer
+from mesh_llm.daemon.doctor import (
+    Finding,
+    Verdict,
+    check_devices,
+    check_engines,
+    check_home,
+    check_peers,
+    check_service,
+)
 from mesh_llm.engine.devices import Machine
 from mesh_llm.engine.spec import DeviceInfo, DeviceKind, EngineInfo, EnginePart, PartState
+from mesh_llm.runtime.home import Home
 from mesh_llm.service_manager.control import Problem, ServiceStatus
 
 GIB = 2**30
@@ -47,6 +62,20 @@ def test_a_plugin_that_was_set_aside_is_told_with_what_to_do() -> None:
         "the cuda plugin: wrong results.",
         "Update the driver.",
     )
+
+
+@pytest.mark.parametrize(("number", "hint"), [(errno.ENOSPC, "Make room"), (errno.EROFS, "Make that disk writable")])
+def test_a_home_on_a_disk_that_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, hint: str
+) -> None:
+    def no_file(**_: object) -> None:
+        raise OSError(number, "no")
+
+    assert [one.verdict for one in check_home(Home(tmp_path))] == [Verdict.OK]
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", no_file)
+    (found,) = check_home(Home(tmp_path))
+    assert found.verdict is Verdict.PROBLEM
+    assert found.hint.startswith(hint)
 
 
 def test_a_service_and_its_problems_are_shown() -> None:

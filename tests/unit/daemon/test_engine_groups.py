@@ -1,7 +1,6 @@
-"""Several engines over one split model: who gets a request, and what happens when one ends."""
+"""Several engines over one split model: what happens when one ends."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,9 +8,12 @@ import pytest
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.daemon import engine_groups
-from mesh_llm.daemon.engine_groups import EngineGroup, GroupEngine, Joined
+from mesh_llm.daemon.dispatch import DispatchedEngine
+from mesh_llm.daemon.engine_groups import EngineGroup, Joined
 from mesh_llm.engine.supervisor import EngineReadyInfo, Exit
 from mesh_llm.runtime.supervision import TaskScope
+
+CHAT = "/v1/chat/completions"
 
 
 def ended(reason: str = "killed", *, never_ready: bool = False) -> Exit:
@@ -38,7 +40,7 @@ class Starts:
         life: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.lives.append(life)
         info = EngineReadyInfo(address=f"e{len(self.lives)}", key="", context=100, slots=2, embeddings=True)
-        joined(GroupEngine(info))
+        joined(DispatchedEngine(info))
         return await life
 
     def _changed(self) -> None:
@@ -53,11 +55,6 @@ async def scope(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TaskScope]:
     await scope.close()
 
 
-def body(*texts: str) -> bytes:
-    messages = [{"role": "user" if at % 2 == 0 else "assistant", "content": one} for at, one in enumerate(texts)]
-    return json.dumps({"messages": messages}).encode()
-
-
 async def test_engines_are_started_one_after_the_other_and_look_like_one(scope: TaskScope) -> None:
     starts = Starts(3)
     life = scope.spawn(starts.group.run(starts.ready.set_result), "group")
@@ -69,24 +66,6 @@ async def test_engines_are_started_one_after_the_other_and_look_like_one(scope: 
     assert (await life).reason == "killed"
 
 
-async def test_a_conversation_goes_back_to_its_engine_while_that_has_room(scope: TaskScope) -> None:
-    starts = Starts(2)
-    scope.spawn(starts.group.run(starts.ready.set_result), "group")
-    await starts.ready
-    group = starts.group
-    first, second = group.place(body("a")), group.place(body("b"))
-    assert {first.address, second.address} == {"e1", "e2"}
-    second.done()
-    # There is more room in the other one.
-    again = group.place(body("a", "x", "c"))
-    assert again.address == first.address
-    full = group.place(body("a", "x", "c", "y", "d"))
-    assert full.address == second.address
-    for one in (first, again, full):
-        one.done()
-    assert [engine.busy for engine in group.engines] == [0, 0]
-
-
 async def test_one_that_ends_is_started_again_while_the_others_go_on(scope: TaskScope) -> None:
     starts = Starts(2)
     life = scope.spawn(starts.group.run(starts.ready.set_result), "group")
@@ -94,7 +73,7 @@ async def test_one_that_ends_is_started_again_while_the_others_go_on(scope: Task
     # The one that answered first, whose address the core knows.
     starts.lives[0].set_result(ended())
     assert await starts.changes.get() == 2
-    assert [starts.group.place(body("a")).address for _ in range(3)] == ["e2"] * 3
+    assert [starts.group.dispatch.place(CHAT, b"{}").address for _ in range(3)] == ["e2"] * 3
     assert await starts.changes.get() == 4
     assert starts.firsts == [True, False, False]
     assert not life.done()
@@ -140,3 +119,24 @@ async def test_none_is_started_again_while_all_are_to_end(scope: TaskScope) -> N
     starts.lives[1].set_result(ended("stopped"))
     assert (await life).reason == "stopped"
     assert len(starts.firsts) == 2
+
+
+async def test_slots_have_numbers_that_stay_while_engines_come_and_go(scope: TaskScope) -> None:
+    starts = Starts(2)
+    scope.spawn(starts.group.run(starts.ready.set_result), "group")
+    await starts.ready
+    assert starts.group.dispatch.numbered == [("e1", 0, 2), ("e2", 2, 2)]
+    starts.lives[0].set_result(ended())
+    assert await starts.changes.get() == 2
+    assert starts.group.dispatch.numbered == [("e2", 2, 2)]
+    assert await starts.changes.get() == 4
+    assert starts.group.dispatch.numbered == [("e3", 0, 2), ("e2", 2, 2)]
+
+
+async def test_a_request_for_a_slot_gets_the_engine_that_has_it(scope: TaskScope) -> None:
+    starts = Starts(2)
+    scope.spawn(starts.group.run(starts.ready.set_result), "group")
+    await starts.ready
+    dispatch = starts.group.dispatch
+    asked = [dispatch.place("/completion", b'{"prompt": "x", "id_slot": %d}' % slot).address for slot in (3, 0, 2, 1)]
+    assert asked == ["e2", "e1", "e2", "e1"]

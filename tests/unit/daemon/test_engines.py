@@ -72,7 +72,12 @@ def machine(library: Library, source: EngineSource | None = None) -> Machine:
 
 
 class World:
-    """Engines over a fake source and supervisor; `events` is what the core would hear."""
+    """Engines over a fake source and supervisor; `events` is what the core would hear.
+
+    The model `ahead` has a head of its own that guesses.
+    """
+
+    name = "embedded"
 
     def __init__(self, *, problem: Exception | None = None) -> None:
         self.problem = problem
@@ -90,6 +95,8 @@ class World:
             ),
             LocalModel(facts("e", kind=ModelKind.EMBEDDING), (Path("/models/e.gguf"),)),
             LocalModel(facts("tiny"), (Path("/models/tiny.gguf"),), builtin=True),
+            LocalModel(msgspec.structs.replace(facts("ahead"), layers=47, mtp_layers=1), (Path("/models/ahead.gguf"),)),
+            LocalModel(msgspec.structs.replace(facts("flat"), layers=12, mtp_layers=1), (Path("/models/flat.gguf"),)),
         ]
         library = Library(models={model.name: model for model in models}, drafts={draft.name: draft})
         self.traffic = TrafficMeter(self.events.put_nowait)
@@ -118,11 +125,11 @@ class World:
         self.engines.start(StartEngine(plan=plan(model), options=LaunchOptions(**options), term=Term(term)))
 
     async def event(self) -> AnyEvent:
-        return await asyncio.wait_for(self.events.get(), 2.0)
+        return await asyncio.wait_for(self.events.get(), 20.0)
 
     async def child(self) -> FakeEngine:
         """The child, once it was launched and its readiness is awaited."""
-        await asyncio.wait_for(self.launched.wait(), 2.0)
+        await asyncio.wait_for(self.launched.wait(), 20.0)
         return self.children[-1]
 
 
@@ -313,24 +320,79 @@ async def test_how_tokens_are_guessed(chosen: str, found: str | None, draft: str
     assert spec.unswitched.speculation_type == ("" if spec.draft is None and not chosen else expected)
 
 
-@pytest.mark.parametrize(("chosen", "expected"), [("", "draft-mtp"), ("off", ""), ("draft", "draft-simple")])
-async def test_heads_of_its_own_come_before_a_draft(
-    chosen: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def yes(_: Path) -> bool:
-        return True
+def over_two(last: int = 5, groups: int = 1) -> SplitLayout:
+    layers = (6, 5, last)
+    shares = tuple(SplitShare(node=node_id(number), layers=count) for number, count in enumerate(layers))
+    return SplitLayout(term=1, shares=shares, groups=groups)
 
-    monkeypatch.setattr("mesh_llm.daemon.engines.has_own_heads", yes)
+
+def ahead(chosen: str, split: SplitLayout | None = None, **options: Any) -> StartEngine:
+    """A launch of the model with a head of its own; a draft was found for it."""
+    planned = msgspec.structs.replace(plan("ahead"), draft=ModelName("tiny-draft"), split=split)
+    more = LaunchOptions(use_draft=chosen in {"", "draft"}, engine=EngineOptions(speculation=chosen), **options)
+    return StartEngine(plan=planned, options=more, term=Term(1))
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("", "draft-mtp"), ("mtp", "draft-mtp"), ("off", ""),
+                                                  ("draft", "draft-simple"), ("ngram", "ngram-map-k")])  # fmt: skip
+async def test_heads_of_its_own_come_before_a_draft(chosen: str, expected: str) -> None:
+    spec = World().engines.spec(ahead(chosen))
+    assert (spec.speculation_type, spec.while_it_pays) == (expected, not chosen)
+    # They guess all that they may, however few are wanted.
+    assert spec.draft_max == (4 if expected == "draft-mtp" else 16)
+    assert World().engines.spec(ahead(chosen, draft_max=9)).draft_max == 9
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("", "draft-simple"), ("mtp", "draft-mtp")])
+async def test_a_head_beside_few_layers_costs_too_much_unasked(chosen: str, expected: str) -> None:
+    effect = ahead(chosen)
+    effect = msgspec.structs.replace(effect, plan=msgspec.structs.replace(effect.plan, model=ModelName("flat")))
+    assert World().engines.spec(effect).speculation_type == expected
+    split = msgspec.structs.replace(effect, plan=msgspec.structs.replace(effect.plan, split=over_two()))
+    assert World().engines.spec(split).speculation_type == "draft-mtp"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [("", "draft-simple"), ("mtp", "ngram-map-k"), ("draft", "draft-simple")]
+)
+async def test_a_split_model_whose_heads_are_far_guesses_otherwise_and_says_so(chosen: str, expected: str) -> None:
     world = World()
-    options = LaunchOptions(use_draft=chosen != "off", engine=EngineOptions(speculation=chosen))
-    planned = msgspec.structs.replace(plan("tiny"), draft="tiny-draft")
-    spec = world.engines.spec(StartEngine(plan=planned, options=options, term=Term(1)))
-    assert spec.speculation_type == expected
-    # Those heads would be on other machines.
-    layout = SplitLayout(term=1, shares=())
-    split = msgspec.structs.replace(planned, split=layout)
-    spec = world.engines.spec(StartEngine(plan=split, options=options, term=Term(1)))
-    assert spec.speculation_type == ("" if chosen == "off" else "draft-simple")
+    effect = ahead(chosen, over_two(last=1))
+    assert world.engines.spec(effect).speculation_type == expected
+    world.engines.start(effect)
+    await world.child()
+    said = [notice.text for notice in world.notices if notice.code == "spec_instead"]
+    assert len(said) == (chosen == "mtp")
+    assert all("by n-grams, not by --spec mtp: the last machine has no other layers" in text for text in said)
+    assert all("Use --spec auto" in text for text in said)
+
+
+async def test_the_heads_of_a_split_model_are_on_the_host() -> None:
+    spec = World().engines.spec(ahead("", over_two()))
+    assert (spec.speculation_type, spec.mtp_layers, spec.draft) == ("draft-mtp", 1, None)
+    # Several engines would guess for each other's tokens.
+    several = World().engines.spec(ahead("mtp", over_two(groups=2)))
+    assert (several.speculation_type, several.mtp_layers) == ("", 0)
+
+
+async def test_an_engine_that_does_not_start_with_its_own_heads_guesses_otherwise() -> None:
+    world = World()
+    world.engines.start(ahead(""))
+    child = await world.child()
+    world.launched.clear()
+    child.end.set_result(Exit(code=-6, reason="MTP block missing", never_ready=True, asked=False))
+    second = await world.child()
+    assert [spec.speculation_type for spec in world.specs] == ["draft-mtp", "draft-simple"]
+    second.becomes.set_result(READY)
+    assert isinstance(await world.event(), EngineReady)
+    # It is not tried again, and who named it is told.
+    assert world.engines.spec(ahead("")).speculation_type == "draft-simple"
+    world.engines.start(ahead("mtp"))
+    assert [notice.code for notice in world.notices] == []
+    world.launched.clear()
+    await world.child()
+    assert [notice.code for notice in world.notices] == ["spec_instead"]
+    assert world.specs[-1].speculation_type == "ngram-map-k"
 
 
 async def test_a_model_without_heads_of_its_own_cannot_guess_by_them() -> None:
@@ -410,7 +472,7 @@ async def test_a_node_without_an_engine() -> None:
     events: asyncio.Queue[AnyEvent] = asyncio.Queue()
     engines = Engines(machine(Library()), cast("Supervisor", None), TrafficMeter(events.put_nowait), events.put_nowait)
     engines.start(StartEngine(plan=plan("m"), options=LaunchOptions(), term=Term(1)))
-    event = await asyncio.wait_for(events.get(), 2.0)
+    event = await asyncio.wait_for(events.get(), 20.0)
     assert isinstance(event, EngineExited)
     assert "runs no engine" in event.reason
     await engines.close()

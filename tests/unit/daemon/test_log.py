@@ -50,7 +50,7 @@ async def test_the_first_signal_asks_and_handlers_are_removed() -> None:
     asked = asyncio.Event()
     with Signals(lambda _: asked.set(), lambda: None) as signals:
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(asked.wait(), 5.0)
+        await asyncio.wait_for(asked.wait(), 20.0)
         assert signals.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -6,8 +6,8 @@ from mesh_llm.core.types.effects import AnyEffect
 from mesh_llm.daemon.driver import effect_handlers
 from mesh_llm.daemon.engines import Engines
 from mesh_llm.daemon.load_asks import LoadAsks
-from mesh_llm.daemon.main import api_base
 from mesh_llm.daemon.published_state import PublishedState
+from mesh_llm.daemon.status import api_base
 from mesh_llm.net.mesh import MeshNet
 
 

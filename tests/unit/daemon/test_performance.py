@@ -5,11 +5,11 @@ from typing import cast
 
 from tests.property.test_experience import SPEED, expected, model
 
-from mesh_llm.core.performance.prediction import FRESH_SECONDS
+from mesh_llm.core.performance.calibration import FRESH_SECONDS
 from mesh_llm.core.types.events import AnyEvent, SpeedMeasured
 from mesh_llm.core.types.model import Capacity, Speed
 from mesh_llm.daemon.model_registry import Machine, ModelRegistry
-from mesh_llm.daemon.performance import SpeedMeter
+from mesh_llm.daemon.speed_meter import SpeedMeter
 from mesh_llm.engine.devices import Measured
 from mesh_llm.engine.sources import EngineSource
 from mesh_llm.engine.spec import EngineInfo

@@ -2,117 +2,29 @@
 
 import asyncio
 import os
+import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
+import msgspec
 import pytest
-from watchfiles import awatch
+from tests.support.prompt_slots import AT, TOKENS, FakeSlots, Node, marks, node
 
-from mesh_llm.core.performance.prediction import Link
-from mesh_llm.core.performance.prompt_cache import Mark, MoveSpeed
-from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.ports import PromptElsewhere
+from mesh_llm.core.performance.prompt_cache import Mark, restore_seconds
 from mesh_llm.daemon import prompt_cache
-from mesh_llm.daemon.prompt_cache import SlotCaches, identity_of
-from mesh_llm.daemon.prompt_moves import Moves, PromptMoves, Wanted
-from mesh_llm.engine.probe import HttpAnswer
+from mesh_llm.daemon.slot_prompts import identity_of
 from mesh_llm.engine.prompt_cache.sealed import Header, read_header, root_key
 from mesh_llm.engine.prompt_cache.store import SUFFIX, PromptCacheStore
-from mesh_llm.engine.slots import Moved, Slot, SlotControl, SlotError
+from mesh_llm.engine.slots import Moved, Slot, SlotError, SlotRefusedError
 from mesh_llm.engine.spec import EngineSpec
-from mesh_llm.engine.supervisor import EngineReadyInfo
-from mesh_llm.models.p2p.digests import ChunkDigestStore
-from mesh_llm.wire.llama_state import StateLayout, plain_layout
+from mesh_llm.wire.llama_state import StateLayout, plain_layout, structure
 
-TOKENS = 4000
+__all__ = ["node"]
 
-
-def marks(text: str) -> list[Mark]:
-    """The beginnings of a conversation of one-letter messages."""
-    return [Mark(text[: end + 1].encode(), 4000 * (end + 1)) for end in range(len(text))]
-
-
-@dataclass(frozen=True)
-class FakeSlots(SlotControl):
-    """Slots whose state is a text."""
-
-    path: Path = Path("/nowhere")
-    key: str = ""
-    texts: list[str] = field(default_factory=lambda: ["", ""])
-    tasks: list[int] = field(default_factory=lambda: [-1, -1])
-    busy: set[int] = field(default_factory=set[int])
-    saves: list[str] = field(default_factory=list[str])
-    saved: asyncio.Queue[str] = field(default_factory=asyncio.Queue[str])
-    restored: asyncio.Queue[tuple[int, str]] = field(default_factory=asyncio.Queue[tuple[int, str]])
-    broken: list[str] = field(default_factory=list[str])
-    refusing: list[str] = field(default_factory=list[str])
-
-    async def list(self) -> tuple[Slot, ...]:
-        if self.broken:
-            raise SlotError(self.broken[0])
-        return tuple(
-            Slot(id=number, busy=number in self.busy, task=task, tokens=TOKENS if text else 0)
-            for number, (text, task) in enumerate(zip(self.texts, self.tasks, strict=True))
-        )
-
-    async def save(self, slot: int, file: int, seconds: float = 0.0) -> Moved:
-        self.saves.append(self.texts[slot])
-        self.saved.put_nowait(self.texts[slot])
-        os.write(file, self.texts[slot].encode())
-        os.lseek(file, 0, os.SEEK_SET)
-        return Moved(tokens=TOKENS, size=len(self.texts[slot]))
-
-    async def restore(self, slot: int, file: int, seconds: float = 0.0) -> Moved:
-        if self.broken or self.refusing:
-            raise SlotError((self.broken or self.refusing)[0])
-        self.texts[slot] = os.pread(file, 100, 0).decode()
-        self.restored.put_nowait((slot, self.texts[slot]))
-        return Moved(tokens=TOKENS, size=1)
-
-    def answered(self, slot: int, text: str, task: int) -> None:
-        self.texts[slot], self.tasks[slot] = text, task
-
-
-@dataclass
-class Node:
-    """The caches of a node, and the slots of its engine."""
-
-    directory: Path
-    caches: SlotCaches
-    slots: FakeSlots
-
-    def open(self, term: int, slots: FakeSlots | None = None) -> None:
-        """An engine is ready."""
-        self.slots = slots or FakeSlots()
-        spec = EngineSpec(model=self.directory / "model", alias="m", context=8192, slots=2)
-        info = EngineReadyInfo(address="unix:/nowhere", slot_control=self.slots)
-        self.caches.opened("m", term, spec, [self.directory / "model"], 10, info)
-
-    async def turn(self, text: str, slot: int, task: int, term: int = 1) -> None:
-        """A prompt is answered by a slot."""
-        ended = await self.caches.begin("m", term, marks(text))
-        self.slots.answered(slot, text, task)
-        ended()
-
-    def restored(self) -> tuple[int, str] | None:
-        """What was brought back last."""
-        return self.slots.restored.get_nowait() if self.slots.restored.qsize() else None
-
-
-@pytest.fixture
-async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
-    monkeypatch.setattr(prompt_cache, "_IDLE_SECONDS", 0.0)
-    monkeypatch.setattr(prompt_cache, "_BETWEEN_SECONDS", 0.0)
-    (tmp_path / "model").write_bytes(b"weights")
-    store = PromptCacheStore(tmp_path / "prompts", b"s" * 32, 10**9, free=0)
-    caches = SlotCaches(store, ChunkDigestStore(tmp_path / "chunks"), asyncio.get_running_loop().time)
-    node = Node(tmp_path, caches, FakeSlots())
-    node.open(1)
-    yield node
-    await caches.close()
+LAYOUT = plain_layout((1,), 8, 8, "f16", streams=2, context=8192)
 
 
 async def test_a_request_goes_on_when_its_engine_ends_while_the_model_is_read(node: Node) -> None:
@@ -120,9 +32,9 @@ async def test_a_request_goes_on_when_its_engine_ends_while_the_model_is_read(no
     await node.caches.save("m", 1)
     node.slots = FakeSlots()
     node.open(2)
-    begun = asyncio.get_running_loop().create_task(node.caches.begin("m", 2, marks("ab")))
+    begun = asyncio.get_running_loop().create_task(node.caches.begin("m", 2, AT, marks("ab")))
     await asyncio.sleep(0)
-    node.caches.closed("m", 2)
+    node.caches.closed("m", 2, AT)
     ended = await begun
     ended()
     assert node.restored() is None
@@ -131,7 +43,7 @@ async def test_a_request_goes_on_when_its_engine_ends_while_the_model_is_read(no
 async def restarted(node: Node) -> None:
     """Save, and start another engine."""
     await node.caches.save("m", 1)
-    node.caches.closed("m", 1)
+    node.caches.closed("m", 1, AT)
     node.open(2)
 
 
@@ -139,10 +51,10 @@ async def test_the_next_engine_gets_back_what_the_last_one_had(node: Node) -> No
     await node.turn("ab", 1, 5)
     await restarted(node)
     assert node.caches.usage.count == 1
-    (await node.caches.begin("m", 2, marks("abcd")))()
+    (await node.caches.begin("m", 2, AT, marks("abcd")))()
     assert node.restored() == (0, "ab")
     # Once it is in a slot, it is not brought back again.
-    (await node.caches.begin("m", 2, marks("abX")))()
+    (await node.caches.begin("m", 2, AT, marks("abX")))()
     assert node.restored() is None
 
 
@@ -171,7 +83,7 @@ async def test_a_save_goes_on_when_nobody_waits_for_it_any_more(node: Node, monk
     monkeypatch.setattr(PromptCacheStore, "write", slow)
     await node.turn("abcd", 0, 1)
     await asyncio.to_thread(begun.wait, 10.0)
-    node.caches.closed("m", 1)
+    node.caches.closed("m", 1, AT)
     for _ in range(5):
         await asyncio.sleep(0)
     go.set()
@@ -181,22 +93,22 @@ async def test_a_save_goes_on_when_nobody_waits_for_it_any_more(node: Node, monk
 
 
 async def test_prompts_that_end_at_once_are_found_in_their_slots(node: Node) -> None:
-    first = await node.caches.begin("m", 1, marks("ab"))
-    second = await node.caches.begin("m", 1, marks("xy"))
+    first = await node.caches.begin("m", 1, AT, marks("ab"))
+    second = await node.caches.begin("m", 1, AT, marks("xy"))
     node.slots.answered(1, "ab", 7)
     node.slots.answered(0, "xy", 8)
     second()
     first()
     await restarted(node)
-    (await node.caches.begin("m", 2, marks("abc")))()
+    (await node.caches.begin("m", 2, AT, marks("abc")))()
     assert node.restored() == (0, "ab")
-    (await node.caches.begin("m", 2, marks("xyz")))()
+    (await node.caches.begin("m", 2, AT, marks("xyz")))()
     assert node.restored() == (1, "xy")
 
 
 async def test_a_slot_that_is_done_before_its_prompt_is_said_to_have_ended_is_saved(node: Node) -> None:
     """A client has its whole answer a moment before that is said; then it stops the node."""
-    ended = await node.caches.begin("m", 1, marks("ab"))
+    ended = await node.caches.begin("m", 1, AT, marks("ab"))
     node.slots.answered(0, "ab", 1)
     saving = asyncio.get_running_loop().create_task(node.caches.save("m", 1))
     await asyncio.sleep(0)
@@ -206,8 +118,8 @@ async def test_a_slot_that_is_done_before_its_prompt_is_said_to_have_ended_is_sa
 
 
 async def test_of_two_slots_that_are_done_at_once_none_is_lost_where_one_end_is_said_late(node: Node) -> None:
-    first = await node.caches.begin("m", 1, marks("ab"))
-    second = await node.caches.begin("m", 1, marks("xy"))
+    first = await node.caches.begin("m", 1, AT, marks("ab"))
+    second = await node.caches.begin("m", 1, AT, marks("xy"))
     node.slots.answered(0, "ab", 1)
     node.slots.answered(1, "xy", 2)
     first()
@@ -230,7 +142,7 @@ async def test_what_a_slot_has_is_saved_before_another_cache_takes_its_place(nod
     await node.turn("uv", 0, 1, term=2)
     await node.turn("xy", 1, 2, term=2)
     saves = node.slots.saves
-    (await node.caches.begin("m", 2, marks("abc")))()
+    (await node.caches.begin("m", 2, AT, marks("abc")))()
     assert node.restored() == (0, "ab")
     assert "uv" in saves
     assert node.caches.usage.count >= 2
@@ -247,8 +159,8 @@ async def test_a_prompt_that_a_saved_one_continues_is_not_saved_again(node: Node
 
 async def test_short_prompts_and_others_do_not_matter(node: Node) -> None:
     for prompt in ([], [Mark(b"k", 100)]):
-        (await node.caches.begin("m", 1, prompt))()
-    (await node.caches.begin("other", 1, marks("ab")))()
+        (await node.caches.begin("m", 1, AT, prompt))()
+    (await node.caches.begin("other", 1, AT, marks("ab")))()
     assert not node.caches.keeps("other", 1)
     assert node.caches.keeps("m", 1)
     await restarted(node)
@@ -260,10 +172,10 @@ async def test_an_engine_that_refuses_is_asked_as_usual_and_the_cache_is_deleted
     await restarted(node)
 
     async def refuse(slot: int, file: int, seconds: float = 0.0) -> Moved:
-        raise SlotError("no available space")
+        raise SlotRefusedError("no available space")
 
     object.__setattr__(node.slots, "restore", refuse)
-    (await node.caches.begin("m", 2, marks("abc")))()
+    (await node.caches.begin("m", 2, AT, marks("abc")))()
     assert node.caches.usage.count == 0
 
 
@@ -277,11 +189,137 @@ async def test_an_engine_that_does_not_answer_costs_nothing(node: Node) -> None:
 async def test_another_model_under_the_same_name_gets_nothing(node: Node) -> None:
     await node.turn("ab", 0, 1)
     await node.caches.save("m", 1)
-    node.caches.closed("m", 1)
+    node.caches.closed("m", 1, AT)
     (node.directory / "model").write_bytes(b"other weights")
     node.open(2)
-    (await node.caches.begin("m", 2, marks("abc")))()
+    (await node.caches.begin("m", 2, AT, marks("abc")))()
     assert node.restored() is None
+
+
+async def test_what_one_engine_of_a_split_model_saved_another_one_brings_back(node: Node) -> None:
+    first = FakeSlots()
+    node.open(2, first, at="unix:/e1", rpc=("unix:/tunnel-1",))
+    (await node.caches.begin("m", 2, "unix:/e1", marks("ab")))()
+    first.answered(0, "ab", 1)
+    second = FakeSlots()
+    node.open(2, second, at="unix:/e2", rpc=("unix:/tunnel-2",))
+    await node.caches.save("m", 2)
+    assert first.saves == ["ab"]
+    # While the first one runs, and its slot is taken from there by nobody.
+    (await node.caches.begin("m", 2, "unix:/e2", marks("abc")))()
+    assert second.restored.get_nowait() == (0, "ab")
+    # The next group has other tunnels, and the whole model none.
+    for address in ("unix:/e1", "unix:/e2"):
+        node.caches.closed("m", 2, address)
+    assert not node.caches.keeps("m", 2)
+    for term, rpc in ((3, ("unix:/tunnel-3", "unix:/tunnel-4")), (4, ())):
+        node.open(term, rpc=rpc)
+        (await node.caches.begin("m", term, AT, marks("abc")))()
+        assert node.restored() == (0, "ab")
+
+
+async def test_one_of_several_engines_that_hangs_does_not_keep_the_others_from_being_saved(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_cache, "_ANSWER_SECONDS", 0.01)
+    good, hung = FakeSlots(), FakeSlots()
+    for slots, text in ((hung, "xy"), (good, "ab")):
+        node.open(2, slots, at=f"unix:/{text}")
+        (await node.caches.begin("m", 2, f"unix:/{text}", marks(text)))()
+        slots.answered(0, text, 1)
+
+    async def hang() -> tuple[Slot, ...]:
+        await asyncio.Event().wait()
+        return ()
+
+    object.__setattr__(hung, "list", hang)
+    await node.caches.save("m", 2)
+    assert (hung.saves, good.saves) == ([], ["ab"])
+
+
+async def test_a_cache_outlives_an_engine_that_dies_while_it_is_brought_back(node: Node) -> None:
+    await node.turn("ab", 0, 1)
+    await restarted(node)
+
+    async def die(slot: int, file: int, seconds: float = 0.0) -> Moved:
+        raise SlotError("the engine did not answer")
+
+    object.__setattr__(node.slots, "restore", die)
+    (await node.caches.begin("m", 2, AT, marks("abc")))()
+    assert node.caches.usage.count == 1
+    node.caches.closed("m", 2, AT)
+    node.open(3)
+    (await node.caches.begin("m", 3, AT, marks("abc")))()
+    assert node.restored() == (0, "ab")
+
+
+async def test_what_was_computed_from_rounded_activations_is_not_taken_for_the_whole(node: Node) -> None:
+    wires = ["q8", "f32", "q8"]
+    node.caches.wire = lambda _: wires[0]
+    await node.turn("ab", 0, 1)
+    await node.caches.save("m", 1)
+    node.caches.closed("m", 1, AT)
+    restored: list[tuple[int, str] | None] = []
+    for term in (2, 3):
+        del wires[0]
+        node.open(term)
+        (await node.caches.begin("m", term, AT, marks("abc")))()
+        restored.append(node.restored())
+    assert restored == [None, (0, "ab")]
+
+
+async def test_caches_of_a_split_model_travel_and_that_is_measured(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.open(2, rpc=("unix:/tunnel",))
+
+    async def slow(slot: int, file: int, seconds: float = 0.0) -> Moved:
+        await asyncio.sleep(0.05)
+        os.write(file, b"ab" * 100_000)
+        os.lseek(file, 0, os.SEEK_SET)
+        return Moved(tokens=TOKENS, size=200_000)
+
+    object.__setattr__(node.slots, "save", slow)
+    (await node.caches.begin("m", 2, AT, marks("ab")))()
+    node.slots.answered(0, "ab", 1)
+    await node.caches.save("m", 2)
+    (path,) = (node.directory / "prompts").glob("*.cache")
+    with path.open("rb") as file:
+        header = read_header(file, root_key(b"s" * 32))
+    # 40,000 bytes by what a token takes, in 50 ms or more.
+    assert 0 < header.move_speed <= 800_000
+    assert restore_seconds(header.size, header.move_speed) > 0.25
+    # Where it would take too long, only an engine that stops is saved.
+    monkeypatch.setattr(prompt_cache, "_SPLIT_SAVE_SECONDS", 0.0)
+    (await node.caches.begin("m", 2, AT, marks("xy")))()
+    node.slots.answered(1, "xy", 2)
+    engine = node.caches._engines["m", 2, AT]
+    await node.caches._find_prompts(engine)
+    await node.caches._save_all(engine, prompt_cache._SPLIT_SAVE_SECONDS)
+    assert node.caches.usage.count == 1
+    await node.caches.save("m", 2)
+    assert node.caches.usage.count == 2
+
+
+def test_a_state_is_written_anew_for_an_engine_with_other_slots() -> None:
+    one, two, four = (msgspec.structs.replace(LAYOUT, streams=count) for count in (1, 2, 4))
+    tokens = list(range(300))
+
+    def state(layout: StateLayout) -> bytes:
+        return b"".join(
+            part if isinstance(part, bytes) else b"\x11\x2c" * (part // 2) for part in structure(layout, tokens)
+        )
+
+    for written in (one, two, four):
+        for wanted in (one, two, four):
+            with tempfile.TemporaryFile() as file:
+                file.write(state(written))
+                file.flush()
+                with prompt_cache._fitting(file, wanted) as fitting:
+                    assert os.pread(fitting.fileno(), 1 << 20, 0) == state(wanted)
+    with tempfile.TemporaryFile() as file:
+        file.write(state(two)[:-200])
+        file.flush()
+        with pytest.raises(SlotRefusedError):
+            prompt_cache._fitting(file, one)
 
 
 def test_what_a_state_depends_on() -> None:
@@ -289,189 +327,25 @@ def test_what_a_state_depends_on() -> None:
     same: list[Callable[[], EngineSpec]] = [
         lambda: replace(spec, model=Path("/b/x"), alias="n", slots=4, threads=3, port=9),
         lambda: replace(spec, key_file=Path("/k"), socket=Path("/s"), prompt_cache_mib=0),
+        lambda: replace(spec, rpc=("unix:/t",), tensor_split=(1.0, 2.0), host_layers=3, output_on_host=True),
     ]
     other = [replace(spec, context=4096), replace(spec, cache_type="q8_0")]
     one = identity_of(spec, [b"digest"])
-    assert [identity_of(make(), [b"digest"]) for make in same] == [one, one]
+    assert [identity_of(make(), [b"digest"]) for make in same] == [one, one, one]
     assert len({one, identity_of(spec, [b"other"]), *(identity_of(spec, [b"digest"]) for spec in other)}) == 4
+    assert len({one, *(identity_of(spec, [b"digest"], slots=slots) for slots in (2, 4))}) == 3
 
 
-LAYOUT = plain_layout((1,), 8, 8, "f16", streams=2, context=8192)
-HOLDER = NodeId("b" * 64)
-
-
-def knowing(text: str) -> Callable[[bytes], bool]:
-    """One who knows the beginnings of a conversation."""
-    return lambda key: key in {mark.key for mark in marks(text)}
-
-
-@dataclass
-class FakeMoves:
-    """Another node, that has what it is told to have."""
-
-    gives: int = 1024
-    late: bool = False
-    seconds: float = 0.0
-    speed: MoveSpeed | None = field(
-        default_factory=lambda: MoveSpeed(link=Link(one_way_seconds=0.001, bytes_per_second=1e9))
-    )
-    wanted: list[Wanted] = field(default_factory=list[Wanted])
-    seen: list[int] = field(default_factory=list[int])
-    count: Moves = field(default_factory=Moves)
-
-    async def speed_of(self, node: NodeId, seconds: float) -> MoveSpeed | None:
-        assert (node, seconds >= 0.0) == (HOLDER, True)
-        return self.speed
-
-    async def fetch(self, wanted: Wanted, file: BinaryIO, worth: Callable[[int], bool]) -> int:
-        self.wanted.append(wanted)
-        await asyncio.sleep(self.seconds)
-        if self.late:
-            raise TimeoutError
-        if not worth(self.gives):
-            return 0
-        file.write(b"moved")
-        file.flush()
-        return self.gives
-
-    def observed(self, node: NodeId, size: int, seconds: float, restore_speed: float) -> None:
-        assert (node, seconds >= 0.0, restore_speed) == (HOLDER, True, 0.0)
-        self.seen.append(size)
-
-
-@pytest.fixture
-async def moving(node: Node, monkeypatch: pytest.MonkeyPatch) -> FakeMoves:
-    """An engine that has read a prompt at 400 tokens a second, and whose caches may come from elsewhere."""
-
-    async def tokens(_engine: EngineReadyInfo, elsewhere: PromptElsewhere) -> list[int]:
-        return list(range(TOKENS)) if elsewhere.body == b"body" else []
-
-    async def metrics(_address: str, _path: str, key: str) -> HttpAnswer:
-        assert not key
-        return HttpAnswer(status=200, body=b"llamacpp:prompt_tokens_total 4000\nllamacpp:prompt_seconds_total 10\n")
-
-    def layout(_spec: EngineSpec, _model: Path) -> StateLayout:
-        return LAYOUT
-
-    monkeypatch.setattr(prompt_cache, "_layout", layout)
-    monkeypatch.setattr(prompt_cache, "prompt_tokens", tokens)
-    monkeypatch.setattr(prompt_cache, "get", metrics)
-    moves = FakeMoves()
-    node.caches.moves = cast("PromptMoves", moves)
-    node.open(2)
-    await node.turn("x", 0, 1, term=2)
-    assert await node.slots.saved.get() == "x"
-    return moves
-
-
-async def asked(node: Node, text: str, body: bytes = b"body") -> None:
-    """A prompt begins that another node got before."""
-    elsewhere = PromptElsewhere(HOLDER, "/v1/chat/completions", body)
-    (await node.caches.begin("m", 2, marks(text), elsewhere))()
-
-
-async def test_what_another_node_has_comes_into_a_free_slot(node: Node, moving: FakeMoves) -> None:
-    await asked(node, "abcd")
-    assert node.restored() == (1, "moved")
-    assert [(one.node, one.layout, len(one.tokens), one.marks) for one in moving.wanted] == [
-        (HOLDER, LAYOUT, TOKENS, marks("abcd"))
-    ]
-    assert moving.seen == [1024 * LAYOUT.token_bytes]
-    # A quarter of the prompt came: of its beginnings, one is known to be here.
-    await asked(node, "a")
-    assert len(moving.wanted) == 1
-
-
-@pytest.mark.parametrize("change", [{"gives": 0}, {"gives": 256}, {"late": True}, {"speed": None}])
-async def test_a_prompt_is_read_where_moving_is_of_no_use(
-    node: Node, moving: FakeMoves, change: dict[str, object]
-) -> None:
-    for name, value in change.items():
-        setattr(moving, name, value)
-    await asked(node, "abcd")
+async def test_a_prompt_comes_back_into_the_slot_that_reads_it(node: Node) -> None:
+    await node.turn("ab", 0, 5)
+    await restarted(node)
+    node.slots.answered(0, "xy", 1)
+    (await node.caches.begin("m", 2, AT, marks("abcd"), slot=1))()
+    assert node.restored() == (1, "ab")
+    # Not into another one where that works on something.
+    node.slots.texts[1] = ""
+    (await node.caches.begin("m", 2, AT, marks("xyz"), slot=0))()
+    node.open(3)
+    node.slots.busy.add(1)
+    (await node.caches.begin("m", 3, AT, marks("abcd"), slot=1))()
     assert node.restored() is None
-    assert len(moving.wanted) == ("speed" not in change)
-    # One that was late is expected to be late.
-    assert bool(moving.seen) == ("late" in change)
-
-
-async def test_a_node_that_says_no_late_is_expected_to_be_late(node: Node, moving: FakeMoves) -> None:
-    moving.gives, moving.seconds = 0, 0.02
-    moving.speed = MoveSpeed(link=Link(one_way_seconds=0.0, bytes_per_second=1e12), lag=0.01)
-    await asked(node, "abcd")
-    assert node.restored() is None
-    assert len(moving.seen) == 1
-
-
-async def test_no_request_waits_until_what_its_engine_has_is_known(
-    node: Node, moving: FakeMoves, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Digests of a large model's files take long. Another node's request must not make one wait for them."""
-    read = threading.Event()
-
-    def slow(_store: ChunkDigestStore, _path: Path) -> None:
-        assert read.wait(10.0)
-        raise OSError
-
-    await node.caches.clear()
-    monkeypatch.setattr(ChunkDigestStore, "make", slow)
-    node.caches.closed("m", 2)
-    node.open(2)
-    try:
-        async with asyncio.timeout(2.0):
-            await asked(node, "abcd")
-    finally:
-        read.set()
-    assert moving.wanted == []
-
-
-async def test_nothing_is_asked_for_that_is_here_or_not_understood(node: Node, moving: FakeMoves) -> None:
-    await node.turn("ab", 1, 2, term=2)
-    assert await node.slots.saved.get() == "ab"
-    await asked(node, "ab")
-    await asked(node, "cd", b"another form")
-    assert moving.wanted == []
-
-
-async def test_an_engine_that_refuses_what_came_reads_the_prompt(node: Node, moving: FakeMoves) -> None:
-    node.slots.refusing.append("no")
-    await asked(node, "abcd")
-    assert len(moving.wanted) == 1
-    assert node.restored() is None
-
-
-@pytest.mark.usefixtures("moving")
-async def test_a_node_gives_what_is_in_a_slot_or_saved_to_those_who_know_it(node: Node) -> None:
-    await until_saved(node)
-    identity = identity_in(node)
-    held = await node.caches.held(identity, knowing("xyz"))
-    assert held is not None
-    with held.file as file:
-        assert os.pread(file.fileno(), 10, 0) == b"x"
-    assert held.layout == LAYOUT
-    assert node.slots.saves == ["x", "x"]
-    assert await node.caches.held(identity, knowing("y")) is None
-    assert await node.caches.held(b"i" * 32, knowing("xyz")) is None
-
-    # After the engine has ended, from the disk.
-    node.caches.closed("m", 2)
-    held = await node.caches.held(identity, knowing("xyz"))
-    assert held is not None
-    with held.file as file:
-        assert os.pread(file.fileno(), 10, 0) == b"x"
-    assert node.slots.saves == ["x", "x"]
-
-
-async def until_saved(node: Node) -> None:
-    """Wait until the file of a saved cache is there: writing it is another thread's work."""
-    async with asyncio.timeout(10):
-        async for _ in awatch(node.directory, yield_on_timeout=True, rust_timeout=50):
-            if node.caches.usage.count:
-                return
-
-
-def identity_in(node: Node) -> bytes:
-    """Of what is saved."""
-    (path,) = (node.directory / "prompts").glob("*.cache")
-    with path.open("rb") as file:
-        return read_header(file, root_key(b"s" * 32)).identity

@@ -17,6 +17,7 @@ from mesh_llm.core.performance.prediction import Link
 from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.types.announcement import Standing
 from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.types.ports import TransportSilentError
 from mesh_llm.daemon import prompt_moves
 from mesh_llm.daemon.link_meter import Measured
 from mesh_llm.daemon.prompt_moves import Held, PromptMoves, Wanted
@@ -26,6 +27,7 @@ from mesh_llm.wire.llama_state import State, chain, plain_layout, read_state, st
 from mesh_llm.wire.mesh.admission import Scope
 from mesh_llm.wire.mesh.frames import ResetCode, StreamType
 from mesh_llm.wire.mesh.streams import (
+    MAX_CACHE_ANSWER,
     MAX_CACHE_QUESTION,
     WANTED,
     CacheOffer,
@@ -107,6 +109,7 @@ class Net:
         self.serve: Serve | None = None
         self.other: Net | None = None
         self.served: list[asyncio.Task[None]] = []
+        self.next_streams: list[tuple[Stream, Stream]] = []
 
     def register(self, kind: StreamType, handler: Serve, *, scope: Scope, per_peer: int) -> None:
         assert (kind, scope, per_peer) == (StreamType.PROMPT_CACHE, Scope.SERVE, 2)
@@ -116,7 +119,7 @@ class Net:
         assert self.other is not None
         assert self.other.serve is not None
         assert (node, kind, scope) == (self.other.node_id, StreamType.PROMPT_CACHE, Scope.SERVE)
-        here, there = cast("tuple[Stream, Stream]", Stream.pair())
+        here, there = self.next_streams.pop(0) if self.next_streams else cast("tuple[Stream, Stream]", Stream.pair())
         peer = SimpleNamespace(node=self.node_id)
         self.served.append(
             asyncio.get_running_loop().create_task(self._served(self.other.serve, there, peer, parameters))
@@ -141,6 +144,7 @@ class Pair:
     now: list[float]
     links: list[Link | None]
     standings: dict[NodeId, Standing]
+    moves: Callable[[Net], PromptMoves]
     measured: int = 0
 
     async def fetch(
@@ -182,7 +186,7 @@ async def pair() -> AsyncIterator[Pair]:
         return standings.get(node, "stranger")
 
     standings: dict[NodeId, Standing] = {ASKER: "member", HOLDER: "member"}
-    made = Pair(moves(one), moves(other), one, holdings, now, list[Link | None](links), standings)
+    made = Pair(moves(one), moves(other), one, holdings, now, list[Link | None](links), standings, moves)
     links = made.links
     yield made
     await made.asker.close()
@@ -255,6 +259,73 @@ async def test_one_cache_is_given_at_a_time_and_not_too_many(pair: Pair) -> None
     assert pair.holdings.asked == 19
     pair.now[0] += 30.0
     assert (await pair.fetch())[0] == ALL
+
+
+class Slow(Stream):
+    """A holder's end whose asker takes no bytes of a cache."""
+
+    stuck: asyncio.Event
+
+    async def write(self, data: bytes) -> None:
+        if len(data) > MAX_CACHE_ANSWER:
+            self.stuck.set()
+            await asyncio.Event().wait()
+        await super().write(data)
+
+
+@pytest.fixture
+def slow(pair: Pair) -> Slow:
+    """The next stream of the asker to the holder; what others open is as usual."""
+    here, there = Stream.pair()
+    made = Slow(there._coming, there._going)  # pyright: ignore[reportPrivateUsage]
+    made.stuck = asyncio.Event()
+    pair.net.next_streams.append((cast("Stream", here), made))
+    return made
+
+
+async def test_a_slow_asker_keeps_nobody_else_waiting(pair: Pair, slow: Slow) -> None:
+    waiting = asyncio.get_running_loop().create_task(pair.fetch())
+    await slow.stuck.wait()
+    assert pair.net.other is not None
+    third = Net(NodeId("c" * 64))
+    third.other = pair.net.other
+    pair.standings[third.node_id] = "member"
+    wanted = Wanted(node=HOLDER, identity=IDENTITY, layout=LAYOUT, marks=MARKS, tokens=TOKENS)
+    other = pair.moves(third)
+    with memory() as file:
+        assert await other.fetch(wanted, file, lambda _: True) == ALL
+    await other.close()
+    await asyncio.gather(*third.served)
+    slow.abort()
+    waiting.cancel()
+    pair.net.served.pop().cancel()
+
+
+async def test_an_asker_that_takes_nothing_is_left_soon(
+    pair: Pair, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_moves, "_QUESTION_SECONDS", 0.05)
+    # At this rate the whole cache may take hours.
+    monkeypatch.setattr(prompt_moves, "_LEAST_RATE", 1.0)
+    assert (await pair.fetch())[0] == 0
+    assert slow.stuck.is_set()
+    assert (await pair.fetch())[0] == ALL
+
+
+class Silent(Stream):
+    """A stream whose transport never brings it to the holder, which answers on another one."""
+
+    async def read_frame(self, limit: int) -> bytes | None:
+        raise TransportSilentError(f"{limit} bytes do not come by TCP")
+
+
+@pytest.mark.parametrize(("silent", "moved"), [(1, ALL), (2, 0)])
+async def test_where_only_tcp_is_silent_the_holder_is_asked_once_more(pair: Pair, silent: int, moved: int) -> None:
+    for _ in range(silent):
+        here, there = Stream.pair()
+        lost = Silent(here._coming, here._going)  # pyright: ignore[reportPrivateUsage]
+        pair.net.next_streams.append((lost, cast("Stream", there)))
+    assert (await pair.fetch())[0] == moved
 
 
 def offering(tokens: int, size: int, data: bytes) -> Serve:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from tests.support.core_values import node_id
 
-from mesh_llm.console.schema import SignInLink, Status
+from mesh_llm.console.schema import SignInLink
+from mesh_llm.console.status import Status
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
 from mesh_llm.core.types.effects import Notice, NoticeLevel, SetRoutes, StartEngine
 from mesh_llm.core.types.errors import MeshError

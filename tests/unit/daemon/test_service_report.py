@@ -5,7 +5,7 @@ import contextlib
 import socket
 from pathlib import Path
 
-from mesh_llm.console.schema import Status, StatusModel
+from mesh_llm.console.status import Status, StatusModel
 from mesh_llm.daemon.published_state import ChangeSignal, Progress, Stage
 from mesh_llm.daemon.service_report import ServiceReport, described
 from mesh_llm.service_manager.notify import Notifier

@@ -15,7 +15,14 @@ from mesh_llm.core.types.events import AnyEvent, SplitFailed
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import LaunchPlan, ModelFacts, SplitLayout, SplitShare, Wire
 from mesh_llm.core.types.ports import ByteStream
-from mesh_llm.daemon.split_host import HostSession, LoadProgress, SplitHostService, WireControl, split_spec
+from mesh_llm.daemon.split_host import (
+    HostSession,
+    LoadProgress,
+    SplitHostService,
+    WireControl,
+    links_changed,
+    split_spec,
+)
 from mesh_llm.daemon.split_worker import PartProgress, SplitDisplay, part_bytes
 from mesh_llm.engine.spec import EngineSpec
 from mesh_llm.runtime.supervision import TaskScope
@@ -110,6 +117,23 @@ async def test_a_worker_that_ends_and_names_another_is_the_one_that_failed() -> 
     await scope.close()
 
 
+async def test_a_worker_that_gave_no_memory_and_computed_nothing_is_named() -> None:
+    posted: list[AnyEvent] = []
+    scope = TaskScope("test")
+    here = hosting(Net(scope, {BAD: OPENED, OTHER: OPENED}), posted)
+    session = await here.open(plan(), Path("big.gguf"), split_facts(), 0)
+    refusing = next(link for link in session.host._links if session.names[link.name] == BAD)
+    refusing.stats.refused = 1
+    await here.close(session)
+    share = session.layout.share(BAD)
+    assert share is not None
+    assert [(one.node, one.memory_bytes) for one in posted if isinstance(one, SplitFailed)] == [
+        (BAD, share.memory_bytes)
+    ]
+    await here.stop()
+    await scope.close()
+
+
 @pytest.mark.parametrize(
     ("setting", "formats", "status", "header", "said"),
     [
@@ -160,6 +184,85 @@ async def test_how_activations_travel_is_said_and_why_it_is_not_what_was_asked_f
     assert here.wire_of(MODEL) == ""
     await here.stop()
     await scope.close()
+
+
+async def test_formats_are_chosen_again_when_a_link_has_changed_and_nobody_asks() -> None:
+    scope = TaskScope("test")
+    opened = msgspec.structs.replace(OPENED, formats=ALL_FORMATS)
+    here = hosting(Net(scope, {BAD: opened, OTHER: opened}), [])
+    notices: asyncio.Queue[Notice] = asyncio.Queue()
+    looks: asyncio.Queue[None] = asyncio.Queue()
+    trips, chosen, asked = [1.0, 1.0], [Wire(), None, Wire(prompts="f16"), Wire(prompts="f16"), Wire()], asyncio.Event()
+    asked.set()
+    choices = 0
+
+    async def choose(_facts: ModelFacts, _layout: SplitLayout) -> Wire | None:
+        nonlocal choices
+        choices += 1
+        return chosen[choices - 1]
+
+    async def look() -> None:
+        looked.set()
+        await looks.get()
+
+    async def quiet(model: ModelName) -> None:
+        assert model == MODEL
+        waits.set()
+        await asked.wait()
+
+    async def looks_again() -> None:
+        looked.clear()
+        looks.put_nowait(None)
+        await looked.wait()
+
+    looked, waits = asyncio.Event(), asyncio.Event()
+    here.wire = WireControl("auto", choose, notices.put_nowait, lambda _: tuple(trips), quiet, look)
+    async with asyncio.timeout(30):
+        session = await here.open(plan(), Path("big.gguf"), split_facts(), 0)
+        session.loading.ready()
+        await looked.wait()
+        # The same links: nothing is measured.
+        await looks_again()
+        assert (choices, here.wire_of(MODEL)) == (1, "f32")
+        # Wi-Fi now. What cannot be measured changes nothing.
+        trips[1] = 6.0
+        await looks_again()
+        assert (choices, here.wire_of(MODEL)) == (2, "f32")
+        # Somebody asks: it waits for the end of that.
+        trips[1] = 1.0
+        asked.clear()
+        waits.clear()
+        looks.put_nowait(None)
+        await waits.wait()
+        assert (choices, here.wire_of(MODEL)) == (2, "f32")
+        looked.clear()
+        asked.set()
+        assert (
+            "have changed: activations travel as f16 for prompts, f32 for tokens. Answers" in (await notices.get()).text
+        )
+        await looked.wait()
+        # The engine with these tunnels ends; a further one goes on, and its formats are followed.
+        another = await here.open_another(session)
+        await here.close(session)
+        assert here.wire_of(MODEL) == "f16 for prompts, f32 for tokens"
+        for trip in (6.0, 1.0):
+            trips[0] = trip
+            await looks_again()
+        assert "f32 again" in (await notices.get()).text
+        assert here.wire_of(MODEL) == "f32"
+        await here.close(another)
+        await here.stop()
+        await scope.close()
+    assert (choices, notices.qsize()) == (5, 0)
+
+
+def test_a_link_has_changed_when_its_round_trip_is_another() -> None:
+    assert not links_changed((), ())
+    assert not links_changed((1.0, 20.0), (1.9, 38.0))
+    assert not links_changed((0.1,), (0.9,))
+    assert not links_changed((0.0, 1.0), (9.0, 0.0))
+    assert links_changed((1.0, 20.0), (1.0, 41.0))
+    assert links_changed((5.0,), (0.4,))
 
 
 BIG = msgspec.structs.replace(facts("big", 10.0), output_bytes=2 * GB)
@@ -218,14 +321,15 @@ class Lending:
         self.devices = devices
 
 
-def spec_of(layers: tuple[int, ...], devices: tuple[int, ...], accelerators: int) -> EngineSpec:
+def spec_of(layers: tuple[int, ...], devices: tuple[int, ...], accelerators: int, ahead: int = 0) -> EngineSpec:
     unused: Any = None
     shares = tuple(SplitShare(node=node, layers=count) for node, count in zip((HOST, BAD, OTHER), layers, strict=False))
     session = HostSession(
         SplitLayout(term=1, shares=shares), cast("Any", Lending(*devices)), ("unix:/a", "unix:/b"), {}, 0,
         facts("big", 10.0), unused,
     )  # fmt: skip
-    return split_spec(EngineSpec(model=Path("m"), alias="m", context=512, slots=1), session, accelerators)
+    whole = EngineSpec(model=Path("m"), alias="m", context=512, slots=1, mtp_layers=ahead)
+    return split_spec(whole, session, accelerators)
 
 
 def test_the_processors_layers_come_first_and_a_gpus_last() -> None:
@@ -233,6 +337,16 @@ def test_the_processors_layers_come_first_and_a_gpus_last() -> None:
     # The output layer counts as the last worker's, and is kept here.
     assert processor.tensor_split == (5.0, 3.0, 3.0)
     assert (processor.host_layers, processor.gpu_layers, processor.output_on_host) == (6, 11, True)
+    assert processor.own_layers == tuple(range(6))
     gpu = spec_of((6, 5, 5), (1, 2), accelerators=1)
     assert gpu.tensor_split == (5.0, 3.0, 2.0, 7.0)
     assert (gpu.host_layers, gpu.gpu_layers, gpu.output_on_host) == (0, None, False)
+
+
+def test_layers_that_guess_are_the_processors_after_all_others() -> None:
+    one = spec_of((6, 5, 5), (1, 1), accelerators=0, ahead=1)
+    assert (one.tensor_split, one.gpu_layers) == ((5.0, 4.0), 11)
+    assert one.own_layers == (0, 1, 2, 3, 4, 5, 15)
+    # The last worker lends two devices.
+    several = spec_of((6, 5, 5), (1, 2), accelerators=0, ahead=3)
+    assert (several.tensor_split, several.own_layers) == ((5.0, 2.0, 0.0), (0, 1, 2, 3, 4, 5, 13, 14, 15))

@@ -5,12 +5,13 @@ from tests.support.core_values import node_id
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.announcement import Standing
 from mesh_llm.core.types.events import AnyEvent, ModelAwaited, TargetFailed, TrafficSampled
-from mesh_llm.core.types.ids import ModelName, NodeId
+from mesh_llm.core.types.ids import ModelName, NodeId, OwnerId
 from mesh_llm.core.types.ports import LoadAsker
 from mesh_llm.daemon.traffic import TrafficMeter
 
 LOCAL = Target(node=node_id(1), local=True, address="127.0.0.1:1", term=3)
 REMOTE = Target(node=node_id(2), local=False, term=5)
+OWN = frozenset({OwnerId("me")})
 
 
 def meter() -> tuple[TrafficMeter, list[AnyEvent]]:
@@ -92,7 +93,7 @@ def test_wishes_for_countless_names_are_bounded() -> None:
 
 async def test_idle_waits_for_the_last_request() -> None:
     traffic, _ = meter()
-    await asyncio.wait_for(traffic.idle("m"), 1.0)
+    await asyncio.wait_for(traffic.idle("m"), 20.0)
     traffic.started("m", LOCAL)
     traffic.started("m", LOCAL)
     waiting = asyncio.ensure_future(traffic.idle("m"))  # noqa: TID251 - awaited below
@@ -100,13 +101,13 @@ async def test_idle_waits_for_the_last_request() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     traffic.finished("m", LOCAL, ok=True, tokens=0, seconds=0.0)
-    await asyncio.wait_for(waiting, 1.0)
+    await asyncio.wait_for(waiting, 20.0)
 
 
 def test_only_answers_that_had_the_engines_for_themselves_tell_of_the_machine() -> None:
     traffic, _ = meter()
     told: list[tuple[str, int, float]] = []
-    traffic.observe = lambda model, tokens, seconds, _guessed: told.append((model, tokens, seconds))
+    traffic.observe = lambda model, tokens, seconds, _guessed, _context: told.append((model, tokens, seconds))
     traffic.started("m", LOCAL)
     traffic.finished("m", LOCAL, ok=True, tokens=100, seconds=1.0)
     traffic.started("m", LOCAL)
@@ -141,20 +142,47 @@ async def test_requests_that_wait_are_counted_by_who_asks() -> None:
     ]
 
 
+def test_a_model_is_loaded_here_for_those_who_wait_for_nothing_else() -> None:
+    """Prompts that may not go everywhere wait for a load here, once nobody waits any more whom any node may answer."""
+    traffic, posted = meter()
+    traffic.node = NodeId("a")
+    mine, ours = LoadAsker(anywhere=False, circle=OWN), LoadAsker(anywhere=False, circle=OWN | {OwnerId("friend")})
+    for asker, change in ((mine, 1), (LoadAsker(), 1), (LoadAsker(), -1), (ours, 1), (mine, -1), (ours, -1)):
+        traffic.awaiting("m", asker, change)
+    events = [one for one in posted if isinstance(one, ModelAwaited)]
+    assert [(one.count, one.here, one.circle) for one in events] == [
+        (1, True, ("me",)),
+        (2, False, None),
+        (1, True, ("me",)),
+        (2, True, ("me",)),
+        (1, True, ("friend", "me")),
+        (0, True, ("friend", "me")),
+    ]
+
+
 def test_long_prompts_that_ran_alone_are_learned_from() -> None:
     traffic, _ = meter()
-    learned: list[tuple[str, int, float]] = []
-    traffic.observe_prompt = lambda model, tokens, seconds: learned.append((model, tokens, seconds))
+    learned: list[tuple[str, int, float, int]] = []
+    traffic.observe_prompt = lambda model, tokens, seconds, cached: learned.append((model, tokens, seconds, cached))
 
     def answered(target: Target, tokens: int, *, beside: bool = False) -> None:
         for _ in range(2 if beside else 1):
             traffic.started("m", target)
         for _ in range(2 if beside else 1):
             traffic.finished("m", target, ok=True, tokens=10, seconds=1.0)
-        traffic.read("m", target, tokens, 2.0)
+        traffic.read("m", target, tokens, 2.0, 300)
 
     answered(LOCAL, 1000)
     answered(LOCAL, 100)
     answered(LOCAL, 1000, beside=True)
     answered(REMOTE, 1000)
-    assert learned == [("m", 1000, 2.0)]
+    assert learned == [("m", 1000, 2.0, 300)]
+
+
+def test_an_answer_tells_how_many_tokens_were_before_its_own() -> None:
+    traffic, _ = meter()
+    before: list[int] = []
+    traffic.observe = lambda _model, _tokens, _seconds, _guessed, context: before.append(context)
+    traffic.started("m", LOCAL)
+    traffic.finished("m", LOCAL, ok=True, tokens=100, seconds=1.0, prompt=1000)
+    assert before == [1050]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mesh_llm.core.types.announcement import ListingPolicy
-from mesh_llm.discovery.nostr.consent import PublicationConsent
+from mesh_llm.discovery.nostr.consent import PublicationConsent, scope_sentence
 from mesh_llm.runtime.home import Home
 
 RELAYS = ("ws://a", "ws://b")
@@ -53,3 +53,17 @@ def test_a_damaged_file_means_that_it_is_asked_again(home: Home) -> None:
     assert not PublicationConsent(home).covers(CLIENT, RELAYS)
     PublicationConsent(home).give(CLIENT, RELAYS)
     assert PublicationConsent(home).covers(CLIENT, RELAYS)
+
+
+def test_the_scope_is_said_and_what_serve_would_allow(home: Home) -> None:
+    fresh = scope_sentence(CLIENT, None)
+    assert "may only send requests (--publish-scope client). With --publish-scope serve" in fresh
+    assert "read" in fresh
+    assert "Earlier versions" not in fresh
+    consent = PublicationConsent(home)
+    assert consent.widest(RELAYS) is None
+    consent.give(SERVE, RELAYS)
+    assert consent.covers(CLIENT, RELAYS)
+    assert scope_sentence(CLIENT, consent.widest(RELAYS)).endswith("to keep that, add --publish-scope serve.")
+    assert "can be given, and read, prompts" in scope_sentence(SERVE, "serve")
+    assert "attack" in scope_sentence(SPLIT, "serve")

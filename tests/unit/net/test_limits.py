@@ -1,7 +1,7 @@
 """Rates and counts per source address."""
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.limits import AdmissionRateLimit, NetLimits, source_key
+from mesh_llm.net.limits import MAX_BANS, AdmissionRateLimit, Ban, NetLimits, source_key
 
 LIMITS = NetLimits(admission_burst=10, admissions_per_second=2.0, pending_admissions=8, pending_per_address=3)
 
@@ -52,7 +52,23 @@ def test_banned_for_a_while():
     assert limit.banned(node, 59.0)
     assert not limit.banned(node, 61.0)
     limit.ban(NodeId("b" * 64), 100.0)
-    assert len(limit._banned) == 1
+    assert [(one.who[0], one.until) for one in limit.bans(100.0)] == [("b", 160.0)]
+
+
+def test_a_ban_of_an_address_is_another_one_and_bans_are_bounded():
+    limit = AdmissionRateLimit(LIMITS)
+    limit.ban("192.0.2.1", 0.0, seconds=600.0, reason="it is cut off", source=True)
+    assert limit.banned("192.0.2.1", 599.0, source=True) == Ban(
+        who="192.0.2.1", source=True, until=600.0, reason="it is cut off"
+    )
+    assert not limit.banned("192.0.2.1", 1.0)
+    assert not limit.banned("192.0.2.1", 601.0, source=True)
+    for number in range(2 * MAX_BANS):
+        limit.ban(f"{number:064x}", 1.0)
+    bans = limit.bans(1.0)
+    assert len(bans) == MAX_BANS
+    # Those that end first make room.
+    assert bans[0].who == "192.0.2.1"
 
 
 def test_what_counts_as_one_source():
@@ -61,4 +77,6 @@ def test_what_counts_as_one_source():
     assert source_key("[2001:db8:1:2::1]:80") == source_key("[2001:db8:1:2:ffff::9]:81")
     assert source_key("[2001:db8:1:2::1]:80") != source_key("[2001:db8:1:3::1]:80")
     assert source_key("[::ffff:10.0.0.1]:80") == source_key("10.0.0.1:80")
+    # 10.0.0.1 by 6to4, from two of its networks.
+    assert source_key("[2002:a00:1:7::1]:80") == source_key("[2002:a00:1:8::1]:80") == source_key("10.0.0.1:80")
     assert source_key("relay") == source_key("nonsense") == "relay"

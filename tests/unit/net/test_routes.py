@@ -124,7 +124,7 @@ async def test_closing_lets_everybody_go():
     await ask(routes, first, RoutesRequest())
     table = first.reply()
     assert isinstance(table, RouteTable)
-    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(ask(routes, waiting, RoutesRequest(table.epoch, table.version, 30.0)))
         await asyncio.sleep(0)
         routes.close()
@@ -165,7 +165,7 @@ async def test_whoever_stays_away_is_forgotten(monkeypatch: pytest.MonkeyPatch) 
     there = ClientCounter(counted)
     with there.asking(node(1)):
         pass
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while counted.counts != [1, 0]:
             counted.told.clear()
             await counted.told.wait()

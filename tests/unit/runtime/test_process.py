@@ -119,3 +119,42 @@ def test_what_is_there_is_frozen_and_later_garbage_is_not() -> None:
         assert later() is None
     finally:
         gc.unfreeze()
+
+
+_TURNS = """
+import ctypes, subprocess, sys
+from mesh_llm.runtime.process import _Scheduling, _SYSTEM_CALLS, wake_promptly
+import platform
+
+def turn():
+    found = _Scheduling()
+    read = _SYSTEM_CALLS[platform.machine()][1]
+    assert ctypes.CDLL(None).syscall(read, 0, ctypes.byref(found), ctypes.sizeof(found), 0) == 0
+    return found.runtime
+
+if len(sys.argv) > 1:
+    print(turn())
+else:
+    taken = [wake_promptly(), wake_promptly()]
+    print(*taken, turn(), subprocess.check_output([sys.executable, "-c", sys.orig_argv[2], "child"], text=True))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+def test_a_thread_that_wakes_promptly_has_short_turns_and_its_children_have_not() -> None:
+    said = subprocess.run([sys.executable, "-c", _TURNS], text=True, capture_output=True, check=True).stdout.split()
+    if said[:2] == ["False", "False"]:
+        pytest.skip("before Linux 6.12")
+    first, again, own, child = said
+    assert (first, again, own) == ("True", "True", "100000")
+    assert int(child) > 100000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+def test_turns_that_somebody_else_decided_stay() -> None:
+    code = (
+        "import os; from mesh_llm.runtime.process import wake_promptly\n"
+        "os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0)); print(wake_promptly(), os.sched_getscheduler(0))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout.split()
+    assert said == ["False", str(os.SCHED_BATCH)]

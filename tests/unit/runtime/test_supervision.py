@@ -11,6 +11,7 @@ from mesh_llm.runtime.supervision import (
     TaskScope,
     current_supervision,
     error_text,
+    task_kinds,
     use_supervision,
     wait_for_event,
 )
@@ -68,6 +69,23 @@ async def _tidies_up(tidied: list[str]) -> None:
         for _ in range(5):
             await asyncio.sleep(0)
         tidied.append("done")
+
+
+async def test_tasks_are_counted_by_kind_and_not_by_whom_they_serve():
+    before = task_kinds()
+    assert before.total() == len(asyncio.all_tasks())
+    assert all(kind.startswith("task ") for kind in before)
+    async with TaskScope("peer-1f00") as one, TaskScope("peer-2f00") as other:
+        for scope in (one, other):
+            scope.spawn(_tidies_up([]), "stream")
+            scope.supervise(asyncio.Event().wait, "routes")
+        await asyncio.sleep(0)
+        assert task_kinds() - before == {
+            "peer _tidies_up": 2,
+            "peer TaskScope._keep_running": 2,
+            "peer Event.wait": 2,
+        }
+    assert task_kinds() == before
 
 
 class _Failing:

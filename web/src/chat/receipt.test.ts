@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 
-import { partOf, receiptFrom, summaryOf } from "./receipt";
+import { partOf, receiptFrom, signedOf, summaryOf } from "./receipt";
 
 const ANSWER = {
   id: "0".repeat(32),
@@ -30,6 +30,14 @@ describe("a receipt", () => {
     expect(receipt.remarks).toEqual(["Not read yet."]);
     expect(receipt.text).toBe("receipt1.AA");
     expect(JSON.stringify(receipt)).not.toContain("desk");
+  });
+
+  it("says of a host that was killed what it signed, and what not", () => {
+    const lost = { node: "c", name: "gone", part: "lost", signed: true, first_only: true };
+    const [asked, , killed] = receiptFrom({ ...ANSWER, seen: [...ANSWER.seen, lost] }).seen;
+    expect(killed && signedOf(killed)).toBe("signed that it took the prompt, not how its answer ended");
+    expect(asked && signedOf(asked)).toBe("signed it");
+    expect(signedOf({ node: "w", part: "worker", signed: false })).toBe("signed nothing");
   });
 
   it("shows a part that it does not know as it is", () => {

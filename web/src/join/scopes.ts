@@ -3,7 +3,7 @@
 export const SCOPES = [
   { scope: "client", title: "Only ask", text: "A laptop that uses the mesh's models." },
   { scope: "serve", title: "Ask and serve", text: "A machine that also answers with its own models." },
-  { scope: "split", title: "Serve and share a model", text: "A trusted machine that also computes parts of models too big for one." },
+  { scope: "split", title: "Serve, and split models", text: "A trusted machine that also computes parts of models too big for one." },
 ] as const;
 
 /** What the holder of an invite of this scope may do. */

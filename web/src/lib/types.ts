@@ -52,6 +52,8 @@ export interface StatusPeer {
   transport?: string;
   /** Why that is not tcp. */
   transport_reason?: string;
+  /** The key of its owner; empty where nobody says that it is theirs. */
+  owner?: string;
 }
 
 export interface SplitWorker {
@@ -80,6 +82,10 @@ export interface StatusSplit {
   measured_prompt_tps?: number | null;
   /** How activations travel from node to node, in words; empty elsewhere than on the host. */
   wire?: string;
+  /** Engines that share the slots, of those planned, and why that many; 0 and empty elsewhere than on the host. */
+  groups?: number;
+  groups_planned?: number;
+  groups_why?: string;
 }
 
 export interface WaitingNode {
@@ -120,6 +126,8 @@ export interface Status {
   /** What this node may do in the mesh, and what the invite in `token` lets its holder do: client, serve or split. */
   scope: string;
   token_scope: string;
+  /** The key of the owner whose nodes count as this node's own; empty: nobody's. */
+  owner?: string;
   uptime_s: number;
   pid: number;
   home: string;
@@ -133,11 +141,14 @@ export interface Status {
   waiting: WaitingModel[];
   /** Passive nodes that are connected to this one. */
   clients: number;
-  requests: { in_flight: number; per_minute: number; tokens_per_second: number; ttfb_ms_p50: number; keys?: KeyUsage[] };
+  requests: { in_flight: number; per_minute: number; tokens_per_second: number; ttfb_ms_p50: number; keys?: KeyUsage[]; strangers?: StrangerUsage };
+  cut_off?: CutOff[];
   /** What is built for the engine on its machine; `state`: ready, missing, building or failed. */
   engine_parts: { name: string; state: string; text: string; hint: string; percent: number | null }[];
   /** What does not work at present, each with a sentence that says what to do. */
   problems: { what: string; text: string }[];
+  /** What hosts announce and do not keep, as this node saw it; `at` in UNIX seconds. */
+  corrections: { node_id: string; model: string; kind: string; text: string; at: number }[];
   /** What is saved of long prompts, and how many came from other nodes and went to them; null where nothing is saved. */
   prompt_caches: { count: number; bytes: number; limit: number; moved_in: number; moved_out: number } | null;
 }
@@ -261,7 +272,7 @@ export interface Plan {
   prompt_tokens?: number;
   prompt_tps?: number | null;
   first_token_s?: number | null;
-  split?: { wire?: string } | null;
+  split?: { wire?: string; groups?: number; groups_why?: string; together_tps?: number | null } | null;
   round_trips_per_token: number | null;
   /** What of it runs on the node's processor, beside its GPU. */
   offload: { text: string; gpu: PlanMemory; memory: PlanMemory } | null;
@@ -330,6 +341,27 @@ export interface KeyUsage {
   running: number;
   tokens_per_day: number;
   concurrent: number;
+}
+
+/** What nodes that came by a public listing use of this node, and their quotas; 0: no limit. */
+export interface StrangerUsage {
+  running: number;
+  nodes: number;
+  tokens_today: number;
+  refused_today: number;
+  most: { node_id: string; tokens_today: number }[];
+  concurrent: number;
+  tokens_per_day: number;
+  all_concurrent: number;
+  all_tokens_per_day: number;
+}
+
+/** A node that is refused for a while, or with `address` the strangers of an address. */
+export interface CutOff {
+  who: string;
+  seconds: number;
+  reason: string;
+  address: boolean;
 }
 
 export interface Bucket {

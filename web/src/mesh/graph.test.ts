@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 
 import type { Status, StatusPeer } from "../lib/types";
-import { between, nodesFor, nodesOf, partTitle, place } from "./graph";
+import { between, labelsOf, nodesFor, nodesOf, partTitle, place, timeAt } from "./graph";
 
 function peer(id: string, more: Partial<StatusPeer> = {}): StatusPeer {
   return { node_id: id, name: id, role: "serve", state: "alive", serving: [], memory_bytes: 8e9, rtt_ms: 2, path: "direct", version: "1", devices: [], engine: "", memory_total_bytes: 0, scope: "serve", ...more };
@@ -12,7 +12,7 @@ function mesh(peers: StatusPeer[], more: Partial<Status> = {}): Status {
     version: "1", node_id: "me", mesh_id: "m", mesh_name: "lab", name: "desk", role: "serve", ready: true, health: "ready",
     api_port: 9337, api_base: "", ollama_base: "", needs_key: false, token: "", scope: "split", token_scope: "split", uptime_s: 1, pid: 1, home: "", memory_bytes: 16e9, memory_total_bytes: 16e9,
     devices: [], engine: "", models: [], peers, clients: 0, split: null, waiting: [],
-    requests: { in_flight: 0, per_minute: 0, tokens_per_second: 0, ttfb_ms_p50: 0 }, engine_parts: [], problems: [], prompt_caches: null, ...more,
+    requests: { in_flight: 0, per_minute: 0, tokens_per_second: 0, ttfb_ms_p50: 0 }, engine_parts: [], problems: [], corrections: [], prompt_caches: null, ...more,
   };
 }
 
@@ -64,6 +64,45 @@ describe("place", () => {
     if (!a || !b || !me) throw new Error("a node is missing");
     expect(b.r).toBeGreaterThan(a.r);
     expect(Math.abs(b.x - me.x)).toBeGreaterThan(Math.abs(a.x - me.x));
+  });
+});
+
+describe("labelsOf", () => {
+  it("divides the width among names at the same height, and leaves others alone", () => {
+    const labels = labelsOf(new Map([["a", { x: 80, y: 40 }], ["b", { x: 150, y: 50 }], ["c", { x: 150, y: 200 }]]), new Map(), 300, 18);
+    expect(labels.get("a")?.letters).toBe(8);
+    expect(labels.get("b")?.letters).toBe(8);
+    expect(labels.get("c")?.letters).toBe(18);
+  });
+
+  it("keeps off the circles of other nodes", () => {
+    const spots = new Map([["a", { x: 80, y: 10, r: 20 }], ["b", { x: 140, y: 50, r: 25 }]]);
+    expect(labelsOf(new Map([["a", { x: 80, y: 50 }]]), spots, 300, 18).get("a")?.letters).toBe(8);
+  });
+
+  it("lets no two names of a phone's picture touch, however many nodes there are", () => {
+    for (const count of [1, 2, 3, 4, 5, 6, 8]) {
+      const nodes = nodesOf(mesh(Array.from({ length: count }, (_, index) => peer(`a-long-name-of-node-${index}`, { rtt_ms: 40 }))));
+      const labels = [...labelsOf(place(nodes, 330, 430).spots, new Map(), 330, 18).values()];
+      for (const one of labels) {
+        for (const other of labels) {
+          if (one === other || Math.abs(one.y - other.y) >= 34) continue;
+          expect(Math.abs(one.x - other.x)).toBeGreaterThanOrEqual(((one.letters + other.letters) * 7.4) / 2 - 0.1);
+        }
+      }
+    }
+  });
+});
+
+describe("timeAt", () => {
+  const from = { x: 100, y: 100, r: 20 };
+  const to = { x: 100, y: 300, r: 20 };
+
+  it("stands in the middle of a link, or farther along where a name is in the way, or nowhere", () => {
+    expect(timeAt(from, to, [from, to], [])).toEqual({ x: 100, y: 204 });
+    expect(timeAt(from, to, [from, to], [{ x: 100, y: 190, letters: 9 }])).toEqual({ x: 100, y: 220 });
+    const everywhere = [140, 170, 200, 230, 260].map((y) => ({ x: 100, y, letters: 9 }));
+    expect(timeAt(from, to, [from, to], everywhere)).toBeNull();
   });
 });
 

@@ -23,6 +23,8 @@ export interface GraphNode {
   memoryTotal: number;
   /** What it may do in the mesh: client, serve or split; empty where that is unknown. */
   scope: string;
+  /** The key of its owner; empty where nobody says that it is theirs. */
+  owner: string;
   /** Its part of the split model, where it has one. */
   ratio: number | null;
 }
@@ -37,6 +39,56 @@ export interface Spot {
 export function nameAt(spot: Spot, middle: Spot): { name: number; what: number } {
   const above = spot.y < middle.y - 24;
   return above ? { name: -spot.r - 25, what: -spot.r - 11 } : { name: spot.r + 20, what: spot.r + 35 };
+}
+
+/** What is written at a node: the middle of its two lines, and how many letters of each have room. */
+export interface Label {
+  x: number;
+  y: number;
+  letters: number;
+}
+
+const LETTER = 7.4;
+const LABEL_HEIGHT = 34;
+const FEWEST_LETTERS = 4;
+
+/** Labels that touch neither each other nor other nodes: those at about the same height share the width between them. */
+export function labelsOf(places: Map<string, { x: number; y: number }>, spots: Map<string, Spot>, width: number, most: number): Map<string, Label> {
+  const labels = new Map<string, Label>();
+  for (const [id, at] of places) {
+    let half = Math.min(at.x, width - at.x);
+    for (const [other, there] of places) {
+      if (other !== id && Math.abs(there.y - at.y) < LABEL_HEIGHT) half = Math.min(half, Math.abs(there.x - at.x) / 2 - 2);
+    }
+    for (const [other, there] of spots) {
+      if (other !== id && Math.abs(there.y - at.y) < there.r + LABEL_HEIGHT / 2) half = Math.min(half, Math.abs(there.x - at.x) - there.r - 4);
+    }
+    const letters = Math.max(FEWEST_LETTERS, Math.min(most, Math.floor((2 * half) / LETTER)));
+    labels.set(id, { x: at.x, y: at.y, letters });
+  }
+  return labels;
+}
+
+const TIME_WIDTH = 48;
+const TIME_HEIGHT = 16;
+
+/** Whether a link's time can stand here: beside all circles and labels. */
+export function hasRoom(x: number, y: number, spots: Iterable<Spot>, labels: Iterable<Label>): boolean {
+  const onCircle = [...spots].some((one) => Math.abs(one.x - x) < one.r + TIME_WIDTH / 2 && Math.abs(one.y - y) < one.r + TIME_HEIGHT / 2);
+  const onName = [...labels].some((one) => Math.abs(one.x - x) < (one.letters * LETTER + TIME_WIDTH) / 2 && Math.abs(one.y - y) < (LABEL_HEIGHT + TIME_HEIGHT) / 2);
+  return !onCircle && !onName;
+}
+
+/** Where a link's time is written: on the link, as near to its middle as there is room; null where there is none. */
+export function timeAt(from: Spot, to: Spot, spots: Iterable<Spot>, labels: Iterable<Label>): { x: number; y: number } | null {
+  const circles = [...spots];
+  const names = [...labels];
+  for (const part of [0.52, 0.6, 0.68, 0.44, 0.36]) {
+    const x = from.x + (to.x - from.x) * part;
+    const y = from.y + (to.y - from.y) * part;
+    if (hasRoom(x, y, circles, names)) return { x, y };
+  }
+  return null;
 }
 
 export interface Layout {
@@ -88,6 +140,7 @@ export function nodesOf(status: Status): GraphNode[] {
     engine: status.engine,
     memoryTotal: status.memory_total_bytes,
     scope: status.scope,
+    owner: status.owner ?? "",
     ratio: ratioOf(status.node_id, status),
   };
   const peers = status.peers.map(
@@ -108,11 +161,18 @@ export function nodesOf(status: Status): GraphNode[] {
       engine: peer.engine,
       memoryTotal: peer.memory_total_bytes,
       scope: peer.scope,
+      owner: peer.owner ?? "",
       ratio: ratioOf(peer.node_id, status),
     }),
   );
   peers.sort((one, other) => (one.id < other.id ? -1 : 1));
   return [self, ...peers];
+}
+
+/** Whose a node is, beside this one's `own` owner; empty where nobody says so. */
+export function ownerOf(node: GraphNode, own: string): string {
+  if (node.owner === "") return "";
+  return node.owner === own ? "you" : node.owner.slice(0, 10);
 }
 
 export interface SplitLink {

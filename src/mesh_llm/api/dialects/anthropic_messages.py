@@ -28,6 +28,7 @@ _NAMED = (b"event: message_", b"event: content_block_")
 _SERVER_TOOLS = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "advisor_")
 """Beginnings of the types of tools that Anthropic runs itself."""
 _DOCUMENT = b'"document"'
+_MESSAGES = 'Send the turns so far: "messages": [{"role": "user", "content": "Hello"}]'
 _NOTHING: Json = {}
 _raw_list = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -69,7 +70,7 @@ def correct_count(body: bytes, fields: Fields) -> Corrected:
 def correct_prompt(edit: RequestEdit) -> None:
     """What of the prompt llama.cpp would drop: documents, and messages that are no list; and tools it cannot run."""
     if edit.raw("messages")[:1] not in (b"", b"["):
-        raise refused("invalid_messages", "`messages` must be a list.", "", "messages")
+        raise refused("invalid_messages", "`messages` must be a list.", _MESSAGES, "messages")
     if _DOCUMENT in edit.raw("messages"):
         edit.set("messages", [_with_text_documents(mapping(one)) for one in items(edit.get("messages"))])
     tools = items(edit.get("tools"))

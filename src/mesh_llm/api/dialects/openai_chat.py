@@ -84,11 +84,15 @@ def correct_completion(body: bytes, fields: Fields) -> Corrected:
 def correct_own_completion(body: bytes, fields: Fields) -> Corrected:
     """Correct a request to llama.cpp's own completions: the node counts by the timings, whatever a client wants."""
     edit = RequestEdit(body, fields)
-    wanted = edit.get("response_fields") if "response_fields" in fields else None
-    if not isinstance(wanted, list) or not wanted or "timings" in wanted:
-        return Corrected(body)
-    edit.set("response_fields", [*items(cast("object", wanted)), "timings"])
+    ask_for_counts(edit)
     return Corrected(edit.body)
+
+
+def ask_for_counts(edit: RequestEdit) -> None:
+    """Ask for the timings in an answer of which only some fields are wanted."""
+    wanted = edit.get("response_fields")
+    if isinstance(wanted, list) and wanted and "timings" not in wanted:
+        edit.set("response_fields", [*items(cast("object", wanted)), "timings"])
 
 
 def correct_embeddings(body: bytes, fields: Fields) -> Corrected:

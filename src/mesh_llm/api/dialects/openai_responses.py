@@ -16,6 +16,7 @@ from mesh_llm.api.dialects.corrected import Corrected, RequestEdit, format_reque
 from mesh_llm.api.dialects.openai_chat import narrow_tools, reasoning_share
 from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.api.validation import Fields
+from mesh_llm.core.trust.circle import Circle
 
 Keep = Callable[[Json, list[Any]], None]
 """Takes an answer that is over, and the items of its request."""
@@ -66,6 +67,7 @@ class ResponsesContext:
         keep: takes it when it is over; None: it is not kept.
         before: the items of the conversation that the request continues.
         referred: the items that the request only refers to, by their ids.
+        circle: of the request, and of all stored answers that are sent with it.
     """
 
     model: str
@@ -75,6 +77,7 @@ class ResponsesContext:
     keep: Keep | None = None
     before: Sequence[Any] = ()
     referred: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    circle: Circle = None
 
 
 def correct_responses(body: bytes, fields: Fields, known: ResponsesContext) -> Corrected:

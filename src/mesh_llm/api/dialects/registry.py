@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from mesh_llm.api.dialects.anthropic_messages import correct_count, correct_messages
-from mesh_llm.api.dialects.corrected import Corrected
+from mesh_llm.api.dialects.corrected import Corrected, RequestEdit, edit_event
 from mesh_llm.api.dialects.openai_chat import (
+    ask_for_counts,
     correct_chat,
     correct_chat_count,
     correct_completion,
@@ -12,6 +13,7 @@ from mesh_llm.api.dialects.openai_chat import (
     correct_own_completion,
 )
 from mesh_llm.api.dialects.openai_responses import correct_responses_count
+from mesh_llm.api.json_values import Json, count, mapping, text
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.types.errors import MeshError
 
@@ -26,6 +28,14 @@ _BY_PATH: dict[str, Callable[[bytes, Fields], Corrected]] = {
     "/v1/messages/count_tokens": correct_count,
     "/v1/responses/input_tokens": correct_responses_count,
 }
+_READS_PROMPT = frozenset(
+    (
+        "/v1/chat/completions", "/v1/completions", "/v1/responses", "/completion", "/completions", "/infill",
+    )
+)  # fmt: skip
+"""Paths whose engine keeps what it has read, and says how much of the next prompt it had."""
+_EVENT_END = b"\n\n"
+_CACHED, _TIMINGS = b"cache_read_input_tokens", b'"timings"'
 _ABSENT = {
     "/v1/messages/batches": ("Batches of messages", "Send each message to /v1/messages."),
     "/v1/batches": ("Batches", "Send each request by itself."),
@@ -66,6 +76,52 @@ def correct(path: str, body: bytes, fields: Fields, request_id: str = "") -> Cor
         return correct_messages(body, fields, request_id)
     correct_path = _BY_PATH.get(path)
     return correct_path(body, fields) if correct_path is not None else Corrected(body)
+
+
+def correct_of_peer(path: str, body: bytes, fields: Fields, *, stranger: bool) -> Corrected:
+    """Another node's request, which was corrected there, as far as this host cannot leave that to it.
+
+    Its answer must say how many tokens it took. A stranger's prompt is read as a whole: how much of it was in a slot
+    would say what others had asked, and token by token a prompt could be guessed. Of Messages, where llama.cpp does not
+    take that wish, the answer does not say it.
+    """
+    if path == "/props":
+        return Corrected(body, whole=_without_folder)
+    edit = RequestEdit(body, fields)
+    if _BY_PATH.get(path) is correct_own_completion:
+        ask_for_counts(edit)
+    if stranger and path == "/v1/messages":
+        return Corrected(body, whole=_hide_cached, events=_hide_cached_in_events)
+    if stranger and path in _READS_PROMPT:
+        edit.set("cache_prompt", value=False)
+    return Corrected(edit.body)
+
+
+def _hide_cached(answer: Json) -> Json:
+    """An answer that does not say how much of its prompt had been read before."""
+    usage = mapping(answer.get("usage"))
+    cached = count(usage.get("cache_read_input_tokens")) or 0
+    if cached:
+        usage = {**usage, "input_tokens": (count(usage.get("input_tokens")) or 0) + cached}
+        answer = {**answer, "usage": {**usage, "cache_read_input_tokens": 0}}
+    return {name: value for name, value in answer.items() if name != "timings"}
+
+
+def _hide_cached_in_events(data: bytes) -> bytes:
+    """The same of whole events of a stream."""
+    if _CACHED not in data and _TIMINGS not in data:
+        return data
+
+    def edit(event: Json) -> Json:
+        said = mapping(event.get("message"))
+        return _hide_cached(event | {"message": _hide_cached(said)} if said else event)
+
+    return _EVENT_END.join(edit_event(event, edit) for event in data.split(_EVENT_END))
+
+
+def _without_folder(props: Json) -> Json:
+    """Where a file is on this machine is nobody else's concern."""
+    return {**props, "model_path": text(props.get("model_path")).rpartition("/")[2]}
 
 
 def absent(path: str) -> MeshError | None:

@@ -22,7 +22,9 @@ from mesh_llm.api.json_values import Json, items, mapping, text
 from mesh_llm.api.request import Reply, Request, query_fields
 from mesh_llm.api.types import ENDPOINTS, MIB
 from mesh_llm.api.validation import Fields
+from mesh_llm.core.trust.circle import Circle, narrowest
 from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.ids import OwnerId
 from mesh_llm.runtime.home import write_atomic
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.wire.http.http1 import Headers
@@ -53,11 +55,15 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer: as the client got it, the items of its own request, and the answer before it; empty: none."""
+    """One answer: as the client got it, the items of its own request, and the answer before it; empty: none.
+
+    `circle`: where its prompt could go, and where it may go again; None: everywhere.
+    """
 
     response: dict[str, Any]
     input: list[Any]
     previous: str = ""
+    circle: frozenset[OwnerId] | None = None
 
 
 Name = tuple[str, str]
@@ -91,24 +97,29 @@ class StoredResponses:
         await self.write()
         await self._scope.close()
 
-    async def context(self, owner: str, fields: Fields, model: str, context: int) -> ResponsesContext:
-        """What is known of a request to `/v1/responses` beside its body; `owner`: whose it is.
+    async def context(
+        self, owner: str, fields: Fields, model: str, context: int, circle: Circle = None
+    ) -> ResponsesContext:
+        """What is known of a request to `/v1/responses` beside its body; `owner`: whose it is; `circle`: its own.
+
+        What a stored answer was asked with goes nowhere else when another request continues it, or refers to it.
 
         Raises:
             MeshError: `previous_response_not_found`, `item_not_found` or `no_store` (400).
         """
         previous = _text_field(fields, "previous_response_id")
         given = bytes(fields.get("input", b""))
-        before: list[Any] = await self._conversation(owner, previous) if previous else []
-        referred: dict[str, Json] = {}
+        before, referred, circles = list[Any](), dict[str, Json](), [circle]
+        if previous:
+            before = await self._conversation(owner, previous, circles)
         if b'"item_reference"' in given:
-            referred = await self._items(owner, _references(given))
+            referred = await self._items(owner, _references(given), circles)
+        within = narrowest(circles)
         stored = self._directory is not None and bytes(fields.get("store", b"")) != b"false"
 
         def keep(response: Json, asked: list[Any]) -> None:
-            self._keep(
-                (_folder(owner), text(response.get("id"))), Stored(response=response, input=asked, previous=previous)
-            )
+            kept = Stored(response=response, input=asked, previous=previous, circle=within)
+            self._keep((_folder(owner), text(response.get("id"))), kept)
 
         return ResponsesContext(
             model,
@@ -118,6 +129,7 @@ class StoredResponses:
             keep=keep if stored else None,
             before=before,
             referred=referred,
+            circle=within,
         )
 
     def takes(self, path: str) -> bool:
@@ -155,7 +167,7 @@ class StoredResponses:
             raise MeshError("method_not_allowed", "This path does not take that method.", "Use GET or DELETE.", 405)
         elif rest:
             async with self._reading:
-                before = await self._conversation(owner, stored.previous) if stored.previous else []
+                before = await self._conversation(owner, stored.previous, []) if stored.previous else []
                 body = _page([*before, *stored.input], asked)
             del before
         elif asked.get("stream") == ["true"]:
@@ -198,8 +210,8 @@ class StoredResponses:
             _log.warning("a stored response is damaged", id=name)
             return None
 
-    async def _conversation(self, owner: str, last: str) -> list[Any]:
-        """All items of a conversation up to an answer, its own included."""
+    async def _conversation(self, owner: str, last: str, circles: list[Circle]) -> list[Any]:
+        """All items of a conversation up to an answer, its own included. Adds the circles of its turns."""
         turns: list[list[Any]] = []
         read: set[str] = set()
         size, name = 0, last
@@ -218,12 +230,13 @@ class StoredResponses:
             if stored is None:
                 raise _missing(name, 400, "previous_response_id", kept=self._directory is not None)
             read.add(name)
+            circles.append(stored.circle)
             turns.append([*stored.input, *items(stored.response.get("output"))])
             name = stored.previous
         return [item for turn in reversed(turns) for item in turn]
 
-    async def _items(self, owner: str, wanted: set[str]) -> dict[str, Json]:
-        """Items of stored answers by their ids: what `item_reference` refers to."""
+    async def _items(self, owner: str, wanted: set[str], circles: list[Circle]) -> dict[str, Json]:
+        """Items of stored answers by their ids: what `item_reference` refers to. Adds the circles of these answers."""
         found: dict[str, Json] = {}
         folder = _folder(owner)
         marks = {msgspec.json.encode(one) for one in wanted}
@@ -241,8 +254,9 @@ class StoredResponses:
             if stored is None:
                 continue
             for item in map(mapping, [*stored.input, *items(stored.response.get("output"))]):
-                if item.get("id") in wanted:
-                    found.setdefault(text(item["id"]), item)
+                if item.get("id") in wanted and text(item["id"]) not in found:
+                    found[text(item["id"])] = item
+                    circles.append(stored.circle)
         if missing := wanted - found.keys():
             raise MeshError(
                 "item_not_found",

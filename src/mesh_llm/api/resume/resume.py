@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from mesh_llm.api.accounting import RequestAccounting
+from mesh_llm.api.circle import check_turn
 from mesh_llm.api.crashes import CrashGuard
 from mesh_llm.api.errors import ContextExceededError, dialect_of, error_event, stream_broken, upstream_error
 from mesh_llm.api.limits import FairQueue
@@ -29,7 +30,7 @@ from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import NODE_HEADER, TargetLostError, Upstream, UpstreamRequest, UpstreamResponse, refusal
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.core.types.ports import EngineEnd, LoadAsker
+from mesh_llm.core.types.ports import EngineEnd, LoadAsker, Routes
 from mesh_llm.wire.http.http1 import Headers, header
 from mesh_llm.wire.http.sse import SseError, SseParser
 
@@ -98,6 +99,7 @@ class StreamResumer:
         config: ApiConfig,
         upstream: Upstream,
         accounting: RequestAccounting,
+        routes: Routes,
         queue: FairQueue,
         crashes: CrashGuard,
         clock: Callable[[], float],
@@ -105,6 +107,7 @@ class StreamResumer:
         self._config = config
         self._upstream = upstream
         self._accounting = accounting
+        self._routes = routes
         self._queue = queue
         self._crashes = crashes
         self._clock = clock
@@ -139,6 +142,7 @@ class StreamResumer:
             try:
                 deadline = self._clock() + self._config.queue_wait
                 async with self._queue.turn(target, job, deadline, begun=True):
+                    check_turn(job.request, target, job.model, self._routes.current)
                     return await self._attempt(target, job, state)
             except MeshError as error:
                 selector.target_refused(target, error)
@@ -178,7 +182,8 @@ class StreamResumer:
                 if not awaited:
                     awaited = True
                     # Nobody else is asked to load it for a prompt that may not go everywhere.
-                    asker = LoadAsker(anywhere=job.request.circle is None)
+                    circle = job.request.circle
+                    asker = LoadAsker(anywhere=circle is None, circle=circle)
                     self._accounting.traffic.awaiting(job.model, asker, 1)
                     waiting.callback(self._accounting.traffic.awaiting, job.model, asker, -1)
 

@@ -3,13 +3,13 @@
 It applies the rules of placement, election and layout to what is known now, and loads nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
+from mesh_llm.core.performance.calibration import MACHINE, MODEL
+from mesh_llm.core.performance.pipeline import measured_ring
 from mesh_llm.core.performance.prediction import (
-    MACHINE,
-    MODEL,
     PROMPT_TOKENS,
     Links,
     link_between,
@@ -20,7 +20,7 @@ from mesh_llm.core.performance.prediction import (
     ring_seconds,
     solo_seconds,
 )
-from mesh_llm.core.performance.wire import choose_wire, wired_prompt_seconds, wired_seconds
+from mesh_llm.core.performance.wire import ELEMENT_BYTES, choose_wire, wired_prompt_seconds, wired_seconds
 from mesh_llm.core.placement.fit import DoesNotFit, Memory
 from mesh_llm.core.placement.offload import Pools, offload_memory, plan_launch
 from mesh_llm.core.split.election import Elected, TooSmall, elect
@@ -33,6 +33,18 @@ from mesh_llm.core.types.model import AUTO_WIRE, LaunchOptions, LaunchPlan, Mode
 
 ANNOUNCED = "told"
 """The basis of a prediction from what machines announce of themselves: each from its probe and its own models."""
+
+
+PROMPTS = (512, PROMPT_TOKENS, 8192, 32_768, 131_072)
+"""Lengths of prompts whose speed is predicted, as far as they fit the context."""
+
+
+class PlanPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt of `tokens` tokens: how many of them are read per second, and when the answer's first token comes."""
+
+    tokens: int
+    tokens_per_second: float
+    first_token_s: float
 
 
 class PlanNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +142,11 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
         ring_ms: the network's part of each token; null where something was not measured.
         prompt_tps: tokens per second of a prompt of `prompt_tokens` tokens; null as `predicted_tps`.
         first_token_s: seconds until such a prompt is read.
+        prompts: the same of shorter and longer ones; the longest fills the context.
+        full_tps: tokens per second of one request at the end of a full context; null as `predicted_tps`.
+        groups: engines of the host over the workers, each with an equal part of the slots.
+        groups_why: why that many, as a clause.
+        together_tps: tokens per second of all requests, with one in every slot; null as `predicted_tps`.
     """
 
     nodes: tuple[PlanNode, ...]
@@ -140,8 +157,13 @@ class PlanSplit(msgspec.Struct, frozen=True, kw_only=True):
     ring_ms: float | None = None
     prompt_tps: float | None = None
     first_token_s: float | None = None
+    prompts: tuple[PlanPrompt, ...] = ()
+    full_tps: float | None = None
     micro_batch: int = 0
     wire: str = "f32"
+    groups: int = 1
+    groups_why: str = ""
+    together_tps: float | None = None
 
 
 class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,9 +171,11 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     `runs`: here, split, elsewhere or no. `message` is a sentence for people, `hint` what to do where it does not run.
     `nodes`, `predicted_tps` and `basis` belong to what `runs` says; a speed is null where it cannot be predicted. So do
-    `prompt_tps`, tokens per second of a prompt of `prompt_tokens` tokens, and `first_token_s`, when it is read.
-    `machines`: all that were considered, the asked one first; `split`: how the model would be divided. `cache_type`: of
-    the KV cache, where the model runs on one node; `offload`: what of it runs on that node's processor, beside its GPU.
+    `prompt_tps`, tokens per second of a prompt of `prompt_tokens` tokens, `first_token_s`, when it is read, and
+    `prompts`, the same of shorter and longer ones, of which the longest fills the context. `predicted_tps` is for the
+    first tokens of a conversation, `full_tps` for those at the end of a full context. `machines`: all that were
+    considered, the asked one first; `split`: how the model would be divided. `cache_type`: of the KV cache, where the
+    model runs on one node; `offload`: what of it runs on that node's processor, beside its GPU.
     """
 
     model: str
@@ -175,6 +199,8 @@ class PlanAnswer(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = PROMPT_TOKENS
     prompt_tps: float | None = None
     first_token_s: float | None = None
+    prompts: tuple[PlanPrompt, ...] = ()
+    full_tps: float | None = None
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,25 +251,28 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
         """Its memory for this model."""
         return Pools(device=self.memory_bytes, host=self.host_bytes, cards=self.cards)
 
-    def seconds(self, facts: ModelFacts, offload: Offload | None) -> float | None:
-        """Predicted seconds of a token of the whole model there; None where nothing was measured."""
+    def seconds(self, facts: ModelFacts, offload: Offload | None, context: int = 0) -> float | None:
+        """Predicted seconds of a token of the whole model there, after `context` others; None: nothing was measured."""
         speed = self.alone or self.speed
         if offload is None:
-            return solo_seconds(facts, speed)
-        return offload_seconds(facts, offload, speed, self.host_speed)
+            return solo_seconds(facts, speed, context)
+        return offload_seconds(facts, offload, speed, self.host_speed, context)
 
-    def prompt_seconds(self, facts: ModelFacts, offload: Offload | None) -> float | None:
-        """Predicted seconds of a prompt of PROMPT_TOKENS, the whole model there; None where nothing was measured."""
+    def prompt_seconds(self, facts: ModelFacts, offload: Offload | None, tokens: int = PROMPT_TOKENS) -> float | None:
+        """Predicted seconds of a prompt, the whole model there; None where nothing was measured."""
         if offload is not None and offload.divided(facts.layers):
             return None
-        return prompt_seconds(facts, self.alone or self.speed)
+        return prompt_seconds(facts, self.alone or self.speed, tokens)
 
-    def solo(self, facts: ModelFacts, offload: Offload | None = None) -> tuple[float | None, str]:
-        """Tokens per second of the whole model there, and the basis of that."""
+    def solo(self, facts: ModelFacts, offload: Offload | None = None, context: int = 0) -> tuple[float | None, str]:
+        """Tokens per second of the whole model there, after `context` others, and the basis of that."""
+        predicted = self.seconds(facts, offload, context)
         if self.measured_tps:
-            return round(self.measured_tps, 2), MODEL
-        predicted = per_second(self.seconds(facts, offload))
-        return predicted, "" if predicted is None else self.basis or ANNOUNCED
+            # Measured in conversations that had just begun, as most are.
+            first = self.seconds(facts, offload)
+            slower = first / predicted if first is not None and predicted is not None else 1.0
+            return round(self.measured_tps * slower, 2), MODEL
+        return per_second(predicted), "" if predicted is None else self.basis or ANNOUNCED
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,6 +287,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
         split_lag: how many times as long machines were observed to take for a split model's token.
         split_prompt_lag: the same for its prompts.
         wire: how activations travel: a WireFormat, or `auto`.
+        groups: most engines of the host (`--groups`); None: as many as pay.
         fetch: the argument of `mesh-llm download` for a model that no node has; the asked node then counts as if it
             had the file. Empty where some node has it.
     """
@@ -270,12 +300,15 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     split_lag: float = 1.0
     split_prompt_lag: float = 1.0
     wire: str = AUTO_WIRE
+    groups: int | None = None
     fetch: str = ""
 
     @property
     def split(self) -> SplitRequest:
         """The question for the rules of splitting."""
-        return SplitRequest(facts=self.facts, options=self.options, shares=self.shares, asked=self.asked)
+        return SplitRequest(
+            facts=self.facts, options=self.options, shares=self.shares, asked=self.asked, groups=self.groups
+        )
 
 
 def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) -> PlanAnswer:
@@ -285,7 +318,7 @@ def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) ->
         nodes = [msgspec.structs.replace(nodes[0], has_file=True), *nodes[1:]]
     outcome, view = _elect(request, nodes, links)
     notes = {one.node: view.why(one, nodes[0].node) for one in view.participants}
-    divided = _divide(request, outcome, nodes)
+    divided = _divide(request, outcome, nodes, links)
     if divided is not None:
         offers = _offers(outcome, nodes)
         notes |= {one.node: f"computes nothing of it: {one.reason}" for one in left_out(request.split, offers, divided)}
@@ -321,6 +354,8 @@ def make_plan(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) ->
             round_trips_per_token=1.0,
             prompt_tps=split.prompt_tps,
             first_token_s=split.first_token_s,
+            prompts=split.prompts,
+            full_tps=split.full_tps,
         )
     missing = shortfall(request.split, [nodes[0].memory_bytes])
     return msgspec.structs.replace(
@@ -388,6 +423,18 @@ def _solo(request: PlanRequest, base: PlanAnswer, node: PlanInput, *, here: bool
         offload=None if offload is None else _offloaded(request, node, plan, offload),
         prompt_tps=_prompt_rate(prompt),
         first_token_s=_shown_seconds(prompt),
+        prompts=_prompts(plan.context, lambda tokens: node.prompt_seconds(request.facts, offload, tokens)),
+        full_tps=node.solo(request.facts, offload, plan.context)[0],
+    )
+
+
+def _prompts(context: int, seconds: Callable[[int], float | None]) -> tuple[PlanPrompt, ...]:
+    """Prompts of different lengths, by the seconds of one; empty where that is not known."""
+    lengths = [tokens for tokens in PROMPTS if tokens < context] + [context]
+    known = [(tokens, taken) for tokens in lengths if (taken := seconds(tokens))]
+    return tuple(
+        PlanPrompt(tokens=tokens, tokens_per_second=round(tokens / taken, 2), first_token_s=round(taken, 3))
+        for tokens, taken in known
     )
 
 
@@ -474,11 +521,13 @@ def _elect(request: PlanRequest, nodes: Sequence[PlanInput], links: Links) -> tu
     return outcome, outlook(wanted, candidates, outcome)
 
 
-def _divide(request: PlanRequest, outcome: Elected | TooSmall, nodes: Sequence[PlanInput]) -> LaunchPlan | None:
+def _divide(
+    request: PlanRequest, outcome: Elected | TooSmall, nodes: Sequence[PlanInput], links: Links
+) -> LaunchPlan | None:
     """The layout of the host that would be elected; over the whole group even where one node is enough."""
     if not isinstance(outcome, Elected):
         return None
-    wanted = request.split
+    wanted = msgspec.structs.replace(request.split, links=links)
     offers = _offers(outcome, nodes)
     version = next(node.rpc_version for node in nodes if node.node == outcome.host)
     plan = plan_split(wanted, offers, 1, version)
@@ -489,7 +538,12 @@ def _divide(request: PlanRequest, outcome: Elected | TooSmall, nodes: Sequence[P
 
 def _offers(outcome: Elected | TooSmall, nodes: Sequence[PlanInput]) -> list[MemoryOffer]:
     return [
-        MemoryOffer(node=node.node, memory_bytes=node.memory_bytes, on_processor=node.on_processor)
+        MemoryOffer(
+            node=node.node,
+            memory_bytes=node.memory_bytes,
+            on_processor=node.on_processor,
+            speed=node.speed or Speed(),
+        )
         for node in _in_order(outcome, nodes)
     ]
 
@@ -535,20 +589,33 @@ def _split_answer(request: PlanRequest, plan: LaunchPlan, nodes: Sequence[PlanIn
                 rtt_ms=round(link.one_way_seconds * 2e3, 3) if link is not None else 0.0,
             )
         )
-    ring = ring_seconds(layout, links)
+    way = ring_seconds(layout, links)
     wire = choose_wire(request.wire, request.facts, layout, speeds, links)
     seconds = wired_seconds(request.facts, layout, speeds, links, wire)
-    prompt = wired_prompt_seconds(request.facts, layout, speeds, links, wire)
-    read = None if prompt is None else prompt.total(request.split_prompt_lag)
+    full = wired_seconds(request.facts, layout, speeds, links, wire, plan.context)
+
+    def prompt(tokens: int) -> float | None:
+        found = wired_prompt_seconds(request.facts, layout, speeds, links, wire, tokens)
+        return None if found is None else found.total(request.split_prompt_lag)
+
+    read = prompt(PROMPT_TOKENS)
+    element = ELEMENT_BYTES[wire.tokens]
+    ring = measured_ring(request.facts, layout, speeds, links, element_bytes=element, lag=request.split_lag)
+    together = None if ring is None else ring.tokens_per_second(plan.slots, layout.groups)
     return PlanSplit(
         nodes=tuple(parts),
         context=plan.context,
         slots=plan.slots,
         predicted_tps=None if seconds is None else per_second(seconds.total(request.split_lag)),
         basis="" if seconds is None else MACHINE if request.split_lag != 1.0 else ANNOUNCED,
-        ring_ms=round(ring * 1e3, 3) if ring is not None else None,
+        ring_ms=round(way * 1e3, 3) if way is not None else None,
         prompt_tps=_prompt_rate(read),
         first_token_s=_shown_seconds(read),
+        prompts=_prompts(plan.context, prompt),
+        full_tps=None if full is None else per_second(full.total(request.split_lag)),
         micro_batch=layout.micro_batch,
         wire=wire.text,
+        groups=layout.groups,
+        groups_why=layout.groups_why,
+        together_tps=None if together is None else round(together, 2),
     )

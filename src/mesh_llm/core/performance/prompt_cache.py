@@ -23,6 +23,9 @@ READ_SPEED = 2000.0
 RESTORE_SPEED = 150e6
 """Bytes a second from the disk into a slot, before it was measured: decrypting, and the copy into the KV cache."""
 
+SPLIT_RESTORE_SPEED = 10e6
+"""Bytes a second into a slot of a split model, before it was measured: most go to other machines."""
+
 GAIN = 2.0
 """How many times as fast as reading a cache must be predicted, before it is brought back."""
 

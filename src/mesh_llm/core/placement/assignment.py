@@ -13,12 +13,14 @@ import msgspec
 
 from mesh_llm.core.config import Timings
 from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.errors import listed
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus, Role
 
 _LAST = 1 << 30
 _FORGET_AFTER = 3600.0
 _MAX_ORPHANS = 256
+_MOST_NAMED = 3
 
 
 class Assigned(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +53,7 @@ class PlacementInputs:
         memory_bytes: what this node has free.
         can_fetch: models that are not on disk can be fetched.
         offered: models whose files another node gives.
+        strangers: members whose models this node takes up only where others serve or want them too.
     """
 
     me: NodeId
@@ -64,6 +67,7 @@ class PlacementInputs:
     memory_bytes: int
     can_fetch: bool = False
     offered: Collection[ModelName] = ()
+    strangers: Collection[NodeId] = ()
 
     def fits_here(self, facts: ModelFacts) -> bool:
         """Whether a model fits into this node's free memory."""
@@ -213,8 +217,8 @@ class OrphanedModels:
         self.since: dict[ModelName, float] = {}
         self._hosts: dict[ModelName, set[NodeId]] = {}
 
-    def observe(self, members: Sequence[Member], now: float) -> None:
-        """Compare the hosts of each model with those of the last call."""
+    def observe(self, members: Sequence[Member], now: float, strangers: Collection[NodeId] = ()) -> None:
+        """Compare the hosts of each model with those of the last call. What `strangers` serve is no loss."""
         present: dict[ModelName, set[NodeId]] = {}
         failed: set[tuple[ModelName, NodeId]] = set()
         living = {member.announcement.node for member in members}
@@ -222,7 +226,8 @@ class OrphanedModels:
             node = member.announcement.node
             for serving in member.announcement.serving:
                 if member.hosts(serving.model):
-                    present.setdefault(serving.model, set()).add(node)
+                    if node not in strangers:
+                        present.setdefault(serving.model, set()).add(node)
                 elif serving.status is ModelStatus.FAILED:
                     failed.add((serving.model, node))
         for model, before in self._hosts.items():
@@ -329,7 +334,8 @@ def known_models(models: Iterable[ModelFacts]) -> dict[ModelName, ModelFacts]:
 
 def _candidates(inputs: PlacementInputs, hosts: Mapping[ModelName, int]) -> Iterator[Candidate]:
     ranks = {name: rank for rank, name in enumerate(inputs.wanted)}
-    for name in sorted({*inputs.wanted, *hosts}):
+    known = [one for one in inputs.members if one.announcement.node not in inputs.strangers]
+    for name in sorted({*inputs.wanted, *(one for one in hosts if any(member.hosts(one) for member in known))}):
         if name not in inputs.excluded and (facts := inputs.known.get(name)):
             yield Candidate(
                 facts=facts,
@@ -357,9 +363,9 @@ def _left_alone(inputs: PlacementInputs, lost: Sequence[ModelName]) -> str:
     large = [name for name in lost if name in inputs.on_disk and not inputs.fits_here(inputs.on_disk[name])]
     reasons = ["no other node of the mesh is left"]
     if missing:
-        reasons.append(f"not on disk here: {_listed(missing)}")
+        reasons.append(f"not on disk here: {listed(missing, _MOST_NAMED)}")
     if large:
-        reasons.append(f"too big for this machine: {_listed(large)}")
+        reasons.append(f"too big for this machine: {listed(large, _MOST_NAMED)}")
     return "; ".join(reasons)
 
 
@@ -376,9 +382,4 @@ def _may_take(member: Member, facts: ModelFacts, inputs: PlacementInputs) -> boo
 
 
 def _names(candidates: Sequence[Candidate]) -> str:
-    return _listed(sorted(candidate.facts.name for candidate in candidates))
-
-
-def _listed(names: Sequence[ModelName]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    return listed(sorted(candidate.facts.name for candidate in candidates), _MOST_NAMED)

@@ -3,7 +3,7 @@
 `Assigner` and `Eviction` decide; the controller carries their decisions into fetches and launches.
 """
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import NamedTuple
 
 from mesh_llm.core.config import NodeConfig
@@ -13,9 +13,9 @@ from mesh_llm.core.placement.launches import Origin
 from mesh_llm.core.placement.local_models import LocalModels
 from mesh_llm.core.routing.circuit_breaker import SuspectGrace
 from mesh_llm.core.split.controller import SplitController
-from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.announcement import Member, may_load
 from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, NoticeLevel
-from mesh_llm.core.types.errors import size
+from mesh_llm.core.types.errors import listed, size
 from mesh_llm.core.types.events import FetchEnded
 from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelStatus
@@ -39,6 +39,8 @@ class PlacementController:
         self._making_room: frozenset[ModelName] = frozenset()
         self._room_made_for: frozenset[NodeId] = frozenset()
         self.fetch = ModelFetch()
+        self.known: frozenset[NodeId] | None = None
+        """Members that are no strangers; None: nobody is one. What strangers want counts only if the user says so."""
         split.unobtainable = self.fetch.failed
 
     @property
@@ -57,7 +59,8 @@ class PlacementController:
     def observe(self, members: Sequence[Member], now: float) -> None:
         """See which nodes came and went."""
         self._suspects.observe(members, now)
-        self._assigner.orphaned.observe(self._counted(members, now), now)
+        counted = self._counted(members, now)
+        self._assigner.orphaned.observe(counted, now, self._strangers(counted))
 
     def pause(self) -> None:
         """Decide nothing: the node is stopping."""
@@ -102,15 +105,28 @@ class PlacementController:
         alone = all(self._suspects.expired(member.announcement.node, now) for member in members)
         return () if alone else members
 
+    def _strangers(self, members: Sequence[Member]) -> frozenset[NodeId]:
+        """The members whose wishes do not count here: strangers, unless models are loaded for those."""
+        if self.known is None or may_load(self._config.on_demand.scope, "stranger"):
+            return frozenset()
+        return frozenset(member.announcement.node for member in members).difference(self.known)
+
     def _assign(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
-        others = (facts for member in members for facts in member.announcement.on_disk)
+        strangers, doubted = self._strangers(members), self.fetch.distrusted
+        heeded = [member for member in members if member.announcement.node not in strangers]
+        others = (
+            facts
+            for member in heeded
+            for facts in member.announcement.on_disk
+            if (facts.name, member.announcement.node) not in doubted
+        )
         inputs = PlacementInputs(
             me=self._config.node,
             members=members,
             on_disk=self._models.on_disk,
             known=known_models(others) | self._models.on_disk,
-            wanted=self.wanted(members) if self._models.launches.idle else (),
-            demand=self._demand(members, now),
+            wanted=self.wanted(heeded) if self._models.launches.idle else (),
+            demand=self._demand(heeded, now),
             excluded=self._models.excluded.union(
                 self.fetch.unobtainable(members),
                 self._split.asked(members),
@@ -121,7 +137,8 @@ class PlacementController:
             fits=self._models.fits,
             memory_bytes=self._models.free_bytes,
             can_fetch=self._config.can_fetch and not self.fetch.busy,
-            offered=offered_models(members),
+            offered=offered_models(members, doubted),
+            strangers=strangers,
         )
         assigned = self._assigner.evaluate(inputs, now)
         if assigned is None or (self._split.helps and not assigned.unserved):
@@ -157,7 +174,9 @@ class PlacementController:
         spare = [
             launch
             for launch in launches
-            if launch.order.origin is not Origin.USER and launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
+            if launch.order.origin is not Origin.USER
+            and launch.model != outlook.model
+            and launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
         ]
         nodes = frozenset(one.node for one in outlook.taking_part)
         enough = outlook.have_bytes + sum(one.reserved_bytes for one in spare) >= outlook.need_bytes
@@ -195,6 +214,8 @@ class ModelFetch:
     """
 
     def __init__(self) -> None:
+        self.distrusted: frozenset[tuple[ModelName, NodeId]] = frozenset()
+        """Models on hosts of which they are not fetched."""
         self.failed: dict[ModelName, _Failure] = {}
         self._current: ModelFacts | None = None
         self._source = ""
@@ -219,6 +240,8 @@ class ModelFetch:
                 failure = self.failed.get(facts.name)
                 if failure is None or failure.fingerprint != facts.fingerprint or not facts.fingerprint:
                     continue
+                if (facts.name, announced.node) in self.distrusted:
+                    continue
                 if (announced.node, announced.incarnation) not in failure.offers:
                     found.discard(facts.name)
         return found
@@ -226,7 +249,7 @@ class ModelFetch:
     def begin(self, assigned: Assigned, members: Sequence[Member] = ()) -> list[AnyEffect]:
         """Fetch a model from `members` that have it, else from its source."""
         facts = self._current = assigned.facts
-        sources = file_sources(members, facts.name, facts.fingerprint)
+        sources = file_sources(members, facts.name, facts.fingerprint, self.distrusted)
         self._source = describe_source(sources, facts)
         self._offers = frozenset((one.announcement.node, one.announcement.incarnation) for one in sources)
         amount = size(facts.size_bytes + facts.companion_bytes)
@@ -250,38 +273,36 @@ class ModelFetch:
         return [Notice(level=NoticeLevel.WARNING, code="model_fetch_failed", text=text, about=event.model)]
 
 
-def file_sources(members: Iterable[Member], name: ModelName, fingerprint: str) -> list[Member]:
-    """Nodes that give exactly this file: the shortest round trip first, suspect ones last."""
+def file_sources(
+    members: Iterable[Member], name: ModelName, fingerprint: str, distrusted: Collection[tuple[ModelName, NodeId]] = ()
+) -> list[Member]:
+    """Nodes that give exactly this file: the shortest round trip first, suspect ones last; none that is distrusted."""
     if not fingerprint:
         return []
     found = [
         member
         for member in members
         if member.announcement.shares
+        and (name, member.announcement.node) not in distrusted
         and any((facts.name, facts.fingerprint) == (name, fingerprint) for facts in member.announcement.on_disk)
     ]
     return sorted(found, key=lambda member: (member.suspect, member.rtt_ms, member.announcement.node))
 
 
-def offered_models(members: Iterable[Member]) -> set[ModelName]:
-    """Names of the models whose files some node gives."""
+def offered_models(members: Iterable[Member], distrusted: Collection[tuple[ModelName, NodeId]] = ()) -> set[ModelName]:
+    """Names of the models whose files some node gives that is not distrusted for them."""
     return {
         facts.name
         for member in members
         if member.announcement.shares
         for facts in member.announcement.on_disk
-        if facts.fingerprint
+        if facts.fingerprint and (facts.name, member.announcement.node) not in distrusted
     }
 
 
 def describe_source(found: Sequence[Member], facts: ModelFacts) -> str:
     """Where a model comes from, for people: the nodes that have it, else its source."""
-    names = [member.label for member in found]
-    if not names:
-        return facts.source
-    if len(names) > _MAX_NAMED:
-        return f"{', '.join(names[:_MAX_NAMED])} and {len(names) - _MAX_NAMED} more"
-    return " and ".join(names)
+    return listed([member.label for member in found], _MAX_NAMED) or facts.source
 
 
 def _due(deadline: float | None, now: float) -> bool:

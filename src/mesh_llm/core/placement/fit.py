@@ -24,6 +24,8 @@ PROCESS_BYTES = 96 << 20
 _AUTO_CACHES = ("f16", "q8_0", "q4_0")
 _FLOAT_BYTES = 4
 _MASK_BYTES = 2
+_BATCH = 2048
+"""Tokens of a prompt in one batch: llama.cpp's default."""
 _VOCABULARY_ENTRY_BYTES = 256
 
 
@@ -50,13 +52,30 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def launch_memory(facts: ModelFacts, context: int, slots: int, cache_type: str = "f16") -> Memory:
-    """Memory of a launch with `slots` slots of `context` tokens each. Raises KeyError for an unknown cache type."""
-    return Memory(
+    """Memory of a launch with `slots` slots of `context` tokens each. Raises KeyError for an unknown cache type.
+
+    Layers that guess tokens ahead (MTP) are counted as used.
+    """
+    whole = Memory(
         weights=facts.size_bytes + facts.companion_bytes,
         cache=cache_bytes(facts, context, slots, cache_type),
         compute=compute_bytes(facts, context, slots),
         other=PROCESS_BYTES + facts.vocabulary * _VOCABULARY_ENTRY_BYTES,
     )
+    return whole + mtp_memory(facts, context, slots)
+
+
+def mtp_memory(facts: ModelFacts, context: int, slots: int) -> Memory:
+    """What layers that guess tokens ahead (MTP) take beside their weights: they are computed in a context of their own.
+
+    It has logits of each slot's last token only, and the hidden states of a whole batch. Its cache is always f16.
+    """
+    if not facts.mtp_layers:
+        return Memory(weights=0, cache=0, compute=0, other=0)
+    width, cells = facts.embedding_length, padded(context)
+    widest = facts.compute_width or 17 * width
+    compute = BATCH_TOKENS * (widest * _FLOAT_BYTES + cells * _MASK_BYTES) + _BATCH * width * _FLOAT_BYTES
+    return Memory(weights=0, cache=slots * cells * facts.mtp_row, compute=compute, other=0)
 
 
 def batch_tokens(facts: ModelFacts, context: int) -> int:

@@ -65,7 +65,9 @@ class LocalModels:
         self.resting: dict[ModelName, Origin] = {}
         """The models that were unloaded here until somebody asks for them, with why they were served."""
         self.group_model: ModelName | None = None
-        """The model that a user asked for here and that needs a split group."""
+        """The model that was asked for here and that needs a split group."""
+        self.group_origin = Origin.USER
+        """Who asked for it: a user, or requests (`DEMAND`)."""
         self.shortages: dict[str, int] = {}
         """After an allocation failed: what a model takes at most of the devices, while they offer what they did."""
         self.lent_bytes = 0
@@ -161,7 +163,7 @@ class LocalModels:
                 self.launches.renew(launch, order)
                 continue
             if launch.order.origin is Origin.USER and self.needs_group(launch.model, order):
-                self.group_model = launch.model
+                self.group_model, self.group_origin = launch.model, Origin.USER
             elif launch.order.origin is Origin.USER:
                 self.refused[launch.model] = order.message
             effects += self.launches.drop(launch.model, _RENEW_DRAIN, now, order.message.rstrip("."))
@@ -281,7 +283,7 @@ class LocalModels:
         return self._config.split.asked and model in self._config.wanted[:1]
 
     def _want_group(self, model: ModelName, now: float) -> list[AnyEffect]:
-        self.group_model = model
+        self.group_model, self.group_origin = model, Origin.USER
         self.refused.pop(model, None)
         self.dropped.discard(model)
         if model not in self.wanted:
@@ -349,6 +351,8 @@ class LocalModels:
         if launch is None:
             return []
         self.resting[model] = launch.order.origin
+        if self.group_model == model:
+            self.group_model = None
         if model in self.wanted:
             self.wanted.remove(model)
         return self.launches.drop(model, drain_seconds, now, why)

@@ -26,6 +26,7 @@ from mesh_llm.core.placement.fit import (
     fit_sums,
     launch_memory,
     layer_cache_bytes,
+    mtp_memory,
     plan_solo,
     size_text,
     wanted_context,
@@ -155,7 +156,9 @@ class _Sums:
         self._card = max((layer.weights for layer in layers), default=0) + self._compute
         whole = launch_memory(facts, context, slots, cache_type)
         self._process = whole.other
-        self._draft = launch_memory(draft, context, slots) if draft is not None else _NOTHING
+        self._draft = mtp_memory(facts, context, slots)
+        if draft is not None:
+            self._draft += launch_memory(draft, context, slots)
 
     @property
     def mixture(self) -> bool:

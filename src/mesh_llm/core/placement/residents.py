@@ -154,8 +154,14 @@ class Residents:
             )
 
     def movable(self, launch: Launch, *, pinned: bool = False) -> bool:
-        """Whether a model may ever be unloaded to make room; `pinned`: by a user also what is pinned."""
-        if launch.order.plan.split is not None or (self.is_pinned(launch.model) and not pinned):
+        """Whether a model may ever be unloaded to make room; `pinned`: by a user also what is pinned.
+
+        A split model only where requests at this node began to split it. Else other nodes would form its group again.
+        """
+        if self.is_pinned(launch.model) and not pinned:
+            return False
+        began_here = self._models.group_model == launch.model and launch.order.origin is Origin.DEMAND
+        if launch.order.plan.split is not None and not began_here:
             return False
         return launch.status in {ModelStatus.WARM, ModelStatus.LOADING}
 

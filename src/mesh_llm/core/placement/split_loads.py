@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import NamedTuple
 
 from mesh_llm.core.config import NodeConfig
+from mesh_llm.core.placement.launches import Origin
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.split.controller import SplitController
 from mesh_llm.core.split.eligibility import Barred, Obstacle
@@ -219,6 +220,14 @@ class SplitLoads:
             return unknown is not None and unknown.code == _NEW and unknown.lasts(self._now)
         return offer.obstacle in {"", Obstacle.BUILDING}
 
+    @staticmethod
+    def may_take_part(member: Member) -> bool:
+        """Whether another node may become a worker of a split, as far as it says."""
+        announced = member.announcement
+        if announced.role is Role.CLIENT:
+            return False
+        return announced.offer is None or announced.offer.obstacle in {"", Obstacle.BUILDING, Obstacle.YIELDING}
+
     def why_not(self, facts: ModelFacts, text: str, outlook: Outlook | None = None) -> str:
         """Why a model is loaded on no node: `text`, why not on this one; why it is not split, and what to type."""
         other = self._other(facts.name)
@@ -245,7 +254,10 @@ class SplitLoads:
         models = self._models
         if models.group_model != model and model not in models.wanted:
             self._begun = model
-        return models.load(model, None, now)
+        effects = models.load(model, None, now)
+        if self._begun == model:
+            models.group_origin = Origin.DEMAND
+        return effects
 
     def end(self, model: ModelName) -> None:
         """Nobody waits for a model any more, or it cannot be split. What runs, or is the user's, stays."""

@@ -9,6 +9,7 @@ from zlib import crc32
 
 import msgspec
 
+from mesh_llm.core.trust.corrections import Correction
 from mesh_llm.core.types.announcement import Ownership
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelKind, ModelStatus
@@ -29,6 +30,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         rtt_ms: round trip to it; 0.0 for local.
         term: number of the launch on that node.
         workers: other nodes that compute layers of it there, and so see activations.
+        slow_prompts: tokens per second at which it reads prompts, where this node saw that it is slower than foretold;
+            else 0.0.
     """
 
     node: NodeId
@@ -42,6 +45,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     rtt_ms: float = 0.0
     term: int = 0
     workers: tuple[NodeId, ...] = ()
+    slow_prompts: float = 0.0
 
 
 class ModelRoute(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +109,10 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         awaited: what becomes of the requests that wait for models, by model.
         resting: this node has unloaded a model that it loads again when somebody asks for it.
         owners: whose nodes the targets and their workers are, as verified.
+        corrections: what hosts announce and this node does not count on; the routes have the corrected figures. This is
+            this node's own view, and no other node learns of it.
+        distrusted: models on hosts that this node's clients are not sent to: their answers were not the model's. It is
+            this node's own judgement, and no other node learns of it.
     """
 
     version: int
@@ -116,6 +124,8 @@ class RoutingSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     awaited: Mapping[ModelName, Awaited] = {}
     resting: bool = False
     owners: Mapping[NodeId, Ownership] = {}
+    corrections: tuple[Correction, ...] = ()
+    distrusted: frozenset[tuple[ModelName, NodeId]] = frozenset()
 
 
 class HealthState(StrEnum):
@@ -211,7 +221,12 @@ def rank(
     def order(target: Target) -> tuple[int, float, int]:
         if 0 < target.context <= prompt_tokens:
             return 1, -float(target.context), 0
-        seconds = expected_seconds(target, in_flight.get(target.node, 0), warmth.get(target.node), fallback)
+        warm = warmth.get(target.node)
+        seconds = expected_seconds(target, in_flight.get(target.node, 0), warm, fallback)
+        if target.slow_prompts:
+            cached = warm.prefix_bytes / _BYTES_PER_TOKEN if warm is not None else 0.0
+            usual = (target.tokens_per_second or fallback) * _PROMPT_SPEEDUP
+            seconds += max(0.0, prompt_tokens - cached) * max(0.0, 1.0 / target.slow_prompts - 1.0 / usual)
         return 0, seconds, crc32(f"{salt}/{target.node}".encode())
 
     return sorted(targets, key=order)

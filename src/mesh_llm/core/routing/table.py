@@ -4,20 +4,33 @@ A new snapshot is given out only when it routes differently from the one before.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.membership.names import names_of, own_label
+from mesh_llm.core.performance.prediction import prompt_seconds
 from mesh_llm.core.routing.circuit_breaker import CircuitBreaker, LaunchId, SuspectGrace
 from mesh_llm.core.routing.ranking import Awaited, ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.trust.corrections import Correction, Corrections, Kind, Life, TimedAnswer
 from mesh_llm.core.types.announcement import Announcement, Member, Ownership, Serving
-from mesh_llm.core.types.events import LoadAnswered, TargetFailed
+from mesh_llm.core.types.events import (
+    AnswersTimed,
+    ContextRefused,
+    LoadAnswered,
+    PromptTaken,
+    SplitFailed,
+    TargetFailed,
+)
 from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.types.model import ModelFacts, ModelKind, ModelStatus
 
 _BY_PREFERENCE = (ModelStatus.WARM, ModelStatus.LOADING, ModelStatus.STOPPING, ModelStatus.FAILED, ModelStatus.COLD)
 _ROUTABLE = {ModelStatus.WARM, ModelStatus.LOADING}
+
+_ROOM = 1.5
+"""A GPU with so many times the bytes of a model holds all of it, and its KV cache."""
 _UNREACHABLE = "its host does not answer at the moment"
 
 _CLIENT = "This node lends nothing, because it is a client: start it without --client to help."
@@ -42,6 +55,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         workers: other nodes that compute layers of it.
         suspect: the node is suspect: used only where no other node serves the model.
         blocked: a request to it failed, or it has been suspect for too long: not used.
+        slow_prompts: as in Target.
     """
 
     node: NodeId
@@ -53,6 +67,15 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[NodeId, ...] = ()
     suspect: bool = False
     blocked: bool = False
+    slow_prompts: float = 0.0
+
+
+class _Figures(NamedTuple):
+    """What this node counts on of one launch on another node, after its corrections; fields as of `Target`."""
+
+    context: int
+    tokens_per_second: float
+    slow_prompts: float
 
 
 class RoutingTable:
@@ -66,6 +89,10 @@ class RoutingTable:
         self._created: dict[ModelName, int] = {}
         self._granted: dict[tuple[NodeId, ModelName], tuple[Serving, float]] = {}
         self._fetched: RoutingSnapshot | None = None
+        self.ownership = config.ownership
+        """The owner of this node."""
+        self._corrections = Corrections()
+        self._distrusted: frozenset[tuple[ModelName, NodeId]] = frozenset()
         self.snapshot = RoutingSnapshot(version=0, node=config.node)
         self.stale = True
 
@@ -78,6 +105,15 @@ class RoutingTable:
         """Keep the table that this passive node fetched from another node."""
         self._fetched = snapshot
         self.stale = True
+
+    def distrust(self, hosts: Iterable[tuple[ModelName, NodeId]]) -> None:
+        """Send this node's clients to none of these hosts of models, from now on, and to all others again."""
+        self._distrusted = frozenset(hosts)
+        self.stale = True
+
+    def forget_corrections(self, node: NodeId, model: ModelName | None) -> None:
+        """Believe what a host announces again, of one model or of all."""
+        self.stale |= self._corrections.forget(node, model)
 
     def block(self, node: NodeId, model: ModelName, launch: LaunchId, now: float) -> None:
         """A launch failed a request: send it none for a while."""
@@ -96,6 +132,73 @@ class RoutingTable:
             route = self.snapshot.models.get(event.model)
             term = next((one.term for one in route.targets if one.node == event.node), 0) if route else 0
         self.block(event.node, event.model, LaunchId(incarnation, term), now)
+
+    def refused_context(self, event: ContextRefused, members: Sequence[Member], now: float) -> Correction | None:
+        """A host refused what fits its announced context. Returns the correction if that says something new."""
+        found = self._announced(event.node, event.model, event.term, members)
+        if found is None:
+            return None
+        life, serving, _ = found
+        made = self._corrections.refused(
+            event.node, event.model, life, announced=serving.context, tokens=event.tokens, now=now
+        )
+        self.stale |= made is not None
+        return made
+
+    def took_prompt(self, event: PromptTaken, members: Sequence[Member]) -> None:
+        """A host answered a prompt that is longer than its corrected context."""
+        found = self._announced(event.node, event.model, event.term, members)
+        if found is not None:
+            self.stale |= self._corrections.taken(event.node, event.model, found[0], tokens=event.tokens)
+
+    def timed(
+        self, event: AnswersTimed, members: Sequence[Member], files: Mapping[ModelName, ModelFacts], now: float
+    ) -> None:
+        """Answers of other hosts came, faster or slower than announced. `files`: the models on this node."""
+        for answer in event.answers:
+            found = self._announced(answer.node, answer.model, answer.term, members)
+            if found is None:
+                continue
+            life, serving, member = found
+            announced = serving.tokens_per_second
+            if answer.kind is Kind.PROMPTS:
+                announced = _foretold(member, answer, files.values())
+            self.stale |= self._corrections.timed(answer, life, announced=announced, now=now)
+
+    def part_failed(self, event: SplitFailed, members: Sequence[Member], now: float) -> Correction | None:
+        """A worker did not give the memory of its part. Returns the correction; None where it offers less by now."""
+        member = next((one for one in members if one.announcement.node == event.node), None)
+        if member is None or not event.memory_bytes:
+            return None
+        offered = _lent(member, event.model)
+        life = Life(member.announcement.incarnation, 0)
+        made = self._corrections.failed(
+            event.node, event.model, life, announced=offered, wanted=event.memory_bytes, now=now
+        )
+        self.stale |= made is not None
+        return made
+
+    def _announced(
+        self, node: NodeId, model: ModelName, term: int, members: Sequence[Member]
+    ) -> tuple[Life, Serving, Member | None] | None:
+        """What a host announces of one launch; None: it announces another one now, or none."""
+        for member in members:
+            if member.announcement.node == node:
+                served = (one for one in member.announcement.serving if one.model == model and one.term == term)
+                serving = next(served, None)
+                return None if serving is None else (Life(member.announcement.incarnation, term), serving, member)
+        route = self._fetched.models.get(model) if self._fetched is not None else None
+        for target in route.targets if route is not None else ():
+            if target.node == node and target.term == term:
+                serving = Serving(
+                    model=model,
+                    status=target.status,
+                    term=term,
+                    context=target.context,
+                    tokens_per_second=target.tokens_per_second,
+                )
+                return Life(Incarnation(0), term), serving, None
+        return None
 
     def grant(self, event: LoadAnswered, members: Sequence[Member], now: float) -> None:
         """Another node says that it has loaded a model: route there before its announcement arrives."""
@@ -130,7 +233,7 @@ class RoutingTable:
     def deadline(self) -> float | None:
         """When a block or a suspect's grace ends, or another node's word does not count any more."""
         granted = (until for _, until in self._granted.values())
-        times = (self._breaker.deadline(), self._suspects.deadline(), *granted)
+        times = (self._breaker.deadline(), self._suspects.deadline(), self._corrections.deadline(), *granted)
         return min((time for time in times if time is not None), default=None)
 
     def due(self, now: float) -> bool:
@@ -138,7 +241,7 @@ class RoutingTable:
         expired = [key for key, entry in self._granted.items() if entry[1] <= now]
         for key in expired:
             del self._granted[key]
-        if self._breaker.due(now) | self._suspects.due(now) | bool(expired):
+        if self._breaker.due(now) | self._suspects.due(now) | self._corrections.due(now) | bool(expired):
             self.stale = True
         return self.stale
 
@@ -210,7 +313,9 @@ class RoutingTable:
             ),
             awaited=awaited or {},
             resting=resting,
-            owners=_owners(routes.values(), members),
+            owners=self._owners(routes.values(), members),
+            corrections=tuple(self._corrected_hosts(members)),
+            distrusted=self._distrusted,
         )
         self._forget_created(snapshot)
         if self._fetched is not None:
@@ -223,14 +328,50 @@ class RoutingTable:
     def _remote(self, member: Member, serving: Serving, now: float) -> Endpoint:
         announced = member.announcement
         node, launch = announced.node, LaunchId(announced.incarnation, serving.term)
+        life = Life(announced.incarnation, serving.term)
+        figures = self._figures(node, serving.model, life, serving.context, serving.tokens_per_second)
+        if figures[:2] != (serving.context, serving.tokens_per_second):
+            serving = msgspec.structs.replace(
+                serving, context=figures.context, tokens_per_second=figures.tokens_per_second
+            )
         return Endpoint(
             node=node,
             owner=member.label,
             serving=serving,
+            slow_prompts=figures.slow_prompts,
             rtt_ms=member.rtt_ms,
             workers=_workers(announced, serving.model),
             suspect=member.suspect,
             blocked=self._suspects.expired(node, now) or self._breaker.blocks((node, serving.model), launch, now),
+        )
+
+    def _corrected_hosts(self, members: Sequence[Member]) -> Iterable[Correction]:
+        for member in members:
+            announced = member.announcement
+            groups = [(announced.split.model, 0)] if announced.split is not None else []
+            for model, term in (*groups, *((one.model, one.term) for one in self._served(member))):
+                for one in self._corrections.of(announced.node, model, Life(announced.incarnation, term)):
+                    # A worker that offers less now has seen it itself.
+                    if one.kind is not Kind.MEMORY or _lent(member, model) >= one.seen:
+                        yield one
+
+    def _corrected(self, name: ModelName, target: Target, found: list[Correction]) -> Target:
+        """A target of a fetched table; `found` gets the corrections."""
+        life = Life(Incarnation(0), target.term)
+        made = self._corrections.of(target.node, name, life)
+        if not made:
+            return target
+        found += made
+        figures = self._figures(target.node, name, life, target.context, target.tokens_per_second)
+        return msgspec.structs.replace(target, **figures._asdict())
+
+    def _figures(self, node: NodeId, model: ModelName, life: Life, context: int, speed: float) -> _Figures:
+        """What to count on of a launch that is announced with this context and speed."""
+        corrections = self._corrections
+        return _Figures(
+            corrections.context(node, model, life, context),
+            corrections.speed(node, model, life, speed),
+            corrections.slow_prompts(node, model, life),
         )
 
     def _dated(self, route: ModelRoute, now: float) -> ModelRoute:
@@ -247,6 +388,7 @@ class RoutingTable:
         self, snapshot: RoutingSnapshot, fetched: RoutingSnapshot, round_trips: Mapping[NodeId, float], now: float
     ) -> RoutingSnapshot:
         models = dict(snapshot.models)
+        corrections: list[Correction] = []
         for name, route in fetched.models.items():
             targets = tuple(
                 msgspec.structs.replace(target, rtt_ms=round_trips.get(target.node, target.rtt_ms))
@@ -259,14 +401,48 @@ class RoutingTable:
             reason = route.reason if status is route.status else _UNREACHABLE
             if reason and status is ModelStatus.COLD:
                 reason = f"{reason} {_CLIENT}"
-            models[name] = msgspec.structs.replace(route, targets=targets, status=status, reason=reason)
+            targets = tuple(self._corrected(name, target, corrections) for target in targets)
+            context = min((one.context for one in targets if one.status is ModelStatus.WARM), default=route.context)
+            models[name] = msgspec.structs.replace(
+                route, targets=targets, status=status, reason=reason, context=min(route.context, context)
+            )
         return msgspec.structs.replace(
             snapshot,
             models=models,
             default=snapshot.default or fetched.default,
             alive=fetched.alive,
-            owners=fetched.owners,
+            owners={**fetched.owners, **snapshot.owners},
+            corrections=(*snapshot.corrections, *corrections),
         )
+
+    def _owners(self, routes: Iterable[ModelRoute], members: Sequence[Member]) -> dict[NodeId, Ownership]:
+        """The owners of the nodes that would see a prompt, and of this one: passive nodes get the table."""
+        me, own = self._config.node, self.ownership
+        named = {node for route in routes for target in route.targets for node in (target.node, *target.workers)}
+        found = {one.announcement.node: one.announcement.ownership for one in members}
+        found = {node: one for node, one in found.items() if node in named}
+        return {node: one for node, one in [*found.items(), (me, own)] if one is not None}
+
+
+def as_announced(snapshot: RoutingSnapshot) -> RoutingSnapshot:
+    """The routes without this node's corrections, for other nodes: they are to believe what they see themselves."""
+    if not snapshot.corrections:
+        return snapshot
+    announced = {(one.node, one.model, one.kind): one.announced for one in snapshot.corrections}
+    models: dict[ModelName, ModelRoute] = {}
+    for name, route in snapshot.models.items():
+        targets = tuple(
+            msgspec.structs.replace(
+                target,
+                context=int(announced.get((target.node, name, Kind.CONTEXT), target.context)),
+                tokens_per_second=announced.get((target.node, name, Kind.SPEED), target.tokens_per_second),
+                slow_prompts=0.0,
+            )
+            for target in route.targets
+        )
+        contexts = [target.context for target in targets if target.status is ModelStatus.WARM]
+        models[name] = msgspec.structs.replace(route, targets=targets, context=min(contexts, default=route.context))
+    return msgspec.structs.replace(snapshot, models=models, corrections=())
 
 
 def build_routes(
@@ -338,23 +514,38 @@ def _target(endpoint: Endpoint) -> Target:
         rtt_ms=0.0 if endpoint.local else endpoint.rtt_ms,
         term=serving.term,
         workers=endpoint.workers,
+        slow_prompts=endpoint.slow_prompts,
     )
+
+
+def _lent(member: Member, model: ModelName) -> int:
+    """The memory that a node announces for its part of a split model."""
+    state = member.announcement.split
+    return state.memory_bytes if state is not None and state.model == model else 0
+
+
+def _foretold(member: Member | None, answer: TimedAnswer, files: Iterable[ModelFacts]) -> float:
+    """Tokens a second at which a node alone should have read a prompt; 0.0: nobody can say.
+
+    What a prompt takes depends on more than is announced of a model: this node must have the same file. A node with a
+    GPU that cannot hold the model reads it with its processor, too, and nobody else knows in which parts.
+    """
+    if member is None or _workers(member.announcement, answer.model):
+        return 0.0
+    capacity = member.announcement.capacity
+    announced = next((one for one in member.announcement.on_disk if one.name == answer.model), None)
+    marks = {announced.fingerprint} - {""} if announced is not None else set[str]()
+    facts = next((one for one in files if one.fingerprint in marks), None)
+    if facts is None or (not capacity.on_processor and capacity.memory_bytes < _ROOM * facts.size_bytes):
+        return 0.0
+    seconds = prompt_seconds(facts, capacity.speed, answer.tokens, answer.start)
+    return answer.tokens / seconds if seconds else 0.0
 
 
 def _workers(announced: Announcement, model: ModelName) -> tuple[NodeId, ...]:
     """The workers of a split model that a node announces to lead."""
     layout = announced.split.layout() if announced.split is not None and announced.split.model == model else None
     return tuple(share.node for share in layout.workers) if layout is not None else ()
-
-
-def _owners(routes: Iterable[ModelRoute], members: Sequence[Member]) -> dict[NodeId, Ownership]:
-    """Whose the nodes are that would see a prompt."""
-    named = {node for route in routes for target in route.targets for node in (target.node, *target.workers)}
-    return {
-        member.announcement.node: member.announcement.ownership
-        for member in members
-        if member.announcement.ownership is not None and member.announcement.node in named
-    }
 
 
 def coarse_load(serving: Serving) -> float:

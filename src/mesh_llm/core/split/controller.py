@@ -14,14 +14,8 @@ from mesh_llm.core.placement.launches import LaunchOrder, Origin
 from mesh_llm.core.placement.local_models import LoadRefused, LocalModels
 from mesh_llm.core.split.alternative import faster_alone
 from mesh_llm.core.split.eligibility import Barred, Obstacle, to_join
-from mesh_llm.core.split.group import (
-    UNREACHED_SECONDS,
-    Counted,
-    SplitGroup,
-    SplitInputs,
-    announced_groups,
-    models_elsewhere,
-)
+from mesh_llm.core.split.group import UNREACHED_SECONDS, Counted, SplitGroup
+from mesh_llm.core.split.inputs import SplitInputs, announced_groups, models_elsewhere
 from mesh_llm.core.split.layout import MemoryOffer
 from mesh_llm.core.split.outlook import Outlook, clause
 from mesh_llm.core.types.announcement import MAX_DECLINED, Member, SplitOffer
@@ -61,6 +55,8 @@ class SplitController:
         self._offered: SplitOffer | None = None
         self.changed = False
         """Whether the last evaluation changed the announced state."""
+        self.distrusted: frozenset[tuple[ModelName, NodeId]] = frozenset()
+        """Models on nodes that this node does not trust with them: it neither takes them for workers nor helps them."""
         self.unobtainable: Container[ModelName] = set()
         """Models whose files could not be fetched."""
 
@@ -186,6 +182,8 @@ class SplitController:
         failed = {launch.model for launch in models.launches if launch.status is ModelStatus.FAILED}
         wanted = models.group_model if models.group_model not in failed and not self._alone_is_better else None
         options = models.options_for(wanted) if wanted is not None else self._config.options
+        states = ((one.announcement.node, one.announcement.split) for one in members if self.distrusted)
+        avoided = {state.model for node, state in states if state and (state.model, node) in self.distrusted}
         return SplitInputs(
             members=members,
             on_disk=models.on_disk,
@@ -198,7 +196,10 @@ class SplitController:
             offered=models.offered_bytes,
             rpc_version=models.capacity.rpc_version,
             on_processor=models.capacity.on_processor,
-            excluded=models.excluded | {launch.model for launch in models.launches if launch.model not in own},
+            speed=models.capacity.speed,
+            excluded=models.excluded.union(
+                avoided, (launch.model for launch in models.launches if launch.model not in own)
+            ),
             solo={
                 serving.model
                 for member in members
@@ -206,6 +207,7 @@ class SplitController:
                 if member.hosts(serving.model) and not _in_group(member, serving.model)
             },
             offer=self.offer(),
+            distrusted=self.distrusted,
         )
 
     def _outlooks(self, inputs: SplitInputs) -> Iterator[Outlook]:
@@ -321,7 +323,7 @@ class SplitController:
                 continue
             self._launched, self._solo = launch.order.plan, True
             if launch.order.origin is Origin.USER:
-                models.group_model = launch.model
+                models.group_model, models.group_origin = launch.model, Origin.USER
             return
 
     def _launch(self, members: Sequence[Member], now: float) -> list[AnyEffect]:
@@ -343,7 +345,7 @@ class SplitController:
             parts = ", ".join(f"{_label(share.node, members)} {share.layers}" for share in plan.split.workers)
             text = f"{plan.model} is split: {plan.split.host.layers} layers here, {parts}."
             effects.append(Notice(level=NoticeLevel.INFO, code="split_formed", text=text, about=plan.model))
-        origin = Origin.USER if self._models.group_model == plan.model else Origin.MESH
+        origin = self._models.group_origin if self._models.group_model == plan.model else Origin.MESH
         order = LaunchOrder(facts=facts, plan=plan, options=options, origin=origin)
         return effects + self._models.launches.load(order, now)
 

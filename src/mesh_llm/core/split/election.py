@@ -188,18 +188,23 @@ class MemberTracker:
         return min((time for time in times if time is not None), default=None)
 
     def round_trips(
-        self, members: Sequence[Member], limit: float, working: Collection[NodeId], now: float
+        self,
+        members: Sequence[Member],
+        limit: float,
+        working: Collection[NodeId],
+        now: float,
+        distrusted: Collection[NodeId] = (),
     ) -> dict[NodeId, float]:
         """The round trips that this node announces in the group.
 
-        A member whose tunnel failed is left out, so that no host pairs the two. Members that work together already are
-        parted only at twice the limit.
+        A member whose tunnel failed, or that this node distrusts, is left out: so this node takes it for no worker, and
+        all nodes that elect know that. Members that work together already are parted only at twice the limit.
         """
         found: dict[NodeId, float] = {}
         for member in members:
             node, state = member.announcement.node, member.announcement.split
             measured = self._round_trips.get(node)
-            if state is None or state.model != self._model or measured is None:
+            if state is None or state.model != self._model or measured is None or node in distrusted:
                 continue
             if not self._failures.blocks(node, self._life(node), now):
                 found[node] = min(measured, limit) if node in working and measured <= 2 * limit else measured
@@ -222,6 +227,7 @@ class MemberTracker:
                     name=member.label,
                     gives=announced.shares,
                     on_processor=announced.capacity.on_processor,
+                    speed=announced.capacity.speed,
                 )
 
     def silent(self, member: Member, working: Collection[NodeId], now: float) -> bool:

@@ -15,7 +15,7 @@ import msgspec
 
 from mesh_llm.core.types.announcement import Announcement, SplitOffer, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
-from mesh_llm.core.types.model import MAX_SPLIT_NODES, ModelFacts
+from mesh_llm.core.types.model import MAX_SPLIT_NODES, ModelFacts, Speed
 
 
 class Obstacle(StrEnum):
@@ -56,6 +56,8 @@ class Obstacle(StrEnum):
     """It lacks the file, and the host gives none; the detail is the host's name."""
     UNREACHED = "unreached"
     """No way to it was measured yet, or its tunnel failed a moment ago."""
+    DISTRUSTED = "distrusted"
+    """Its answers to the host's canaries were not those of the model. No node announces this of another."""
     FAR = "far"
     """Its round trip is too long. The detail gives the time and the other node."""
     FULL = "full"
@@ -83,7 +85,7 @@ class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
         rpc_version: of its engine; empty where it cannot pair.
         name: for people.
         gives: it gives its files to others. Without that it cannot host workers that lack the file.
-        on_processor: as in `Capacity`.
+        on_processor, speed: as in `Capacity`.
     """
 
     node: NodeId
@@ -92,6 +94,7 @@ class GroupMember(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     gives: bool = True
     on_processor: bool = False
+    speed: Speed = Speed()
 
     @property
     def label(self) -> str:

@@ -5,17 +5,18 @@ be called at any time. What it leaves behind describes a whole state, so a repea
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.membership.names import names_of, own_label
+from mesh_llm.core.performance.prediction import Link, Links
 from mesh_llm.core.placement.fit import DoesNotFit
 from mesh_llm.core.split.election import Elected, MemberTracker, TooSmall, current_host, elect, mismatched
-from mesh_llm.core.split.eligibility import Barred, GroupMember, Obstacle, to_join
+from mesh_llm.core.split.eligibility import Barred, GroupMember, Obstacle
+from mesh_llm.core.split.inputs import AnnouncedGroup, SplitInputs, announced_groups
 from mesh_llm.core.split.layout import (
     LeftOut,
     MemoryOffer,
@@ -26,7 +27,7 @@ from mesh_llm.core.split.layout import (
     plan_split,
 )
 from mesh_llm.core.split.outlook import Candidate, Outlook, candidate_of, outlook, survey, would_be
-from mesh_llm.core.types.announcement import Member, SplitOffer, SplitPreferences, SplitState
+from mesh_llm.core.types.announcement import SplitOffer, SplitPreferences, SplitState
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import (
     AUTO_CACHE,
@@ -45,54 +46,6 @@ _SOME_VERSION = "?"
 """Of engines that are all still being prepared: they are hoped to be able to pair."""
 UNREACHED_SECONDS = 5.0
 """How long a node may be without a measured way to it until that is reported."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitInputs:
-    """What a decision is made from.
-
-    Attributes:
-        members: all other nodes that are not dead.
-        on_disk: models here.
-        elsewhere: models of groups whose files only other nodes have; empty where this node fetches nothing.
-        alone: whether this node is free to hold a model alone, and may still get its file.
-        busy: this node runs a model of its own.
-        wanted: the model that a user of this node wants and that needs a group; None: there is none.
-        options: the user's options for it.
-        draft: the draft model that this node would use beside a model, if any.
-        offered: bytes that this node has for a model, beside everything else.
-        rpc_version: of this node's engine; empty where it cannot pair.
-        on_processor: as in this node's `Capacity`.
-        excluded: models not to be touched here: dropped, failed, or served by this node alone.
-        solo: models that some node serves whole.
-        offer: what this node offers to split models; None: its admission is not known yet.
-    """
-
-    members: Sequence[Member]
-    on_disk: Mapping[ModelName, ModelFacts]
-    elsewhere: Mapping[ModelName, ModelFacts]
-    alone: Callable[[ModelFacts], bool]
-    busy: bool
-    wanted: ModelName | None
-    options: LaunchOptions
-    draft: Callable[[ModelName], ModelFacts | None]
-    offered: Callable[[ModelName], int]
-    rpc_version: str
-    on_processor: bool
-    excluded: Collection[ModelName]
-    solo: Collection[ModelName]
-    offer: SplitOffer | None
-
-    def facts(self, model: ModelName) -> ModelFacts | None:
-        """Of a model here, or of a group's model that is not here."""
-        return self.on_disk.get(model) or self.elsewhere.get(model)
-
-    def barred(self, facts: ModelFacts) -> Barred | None:
-        """What keeps this node out of the group of a model."""
-        if self.offer is None:
-            return Barred(Obstacle.PENDING)
-        own = self.on_disk.get(facts.name)
-        return to_join(self.offer, facts, own.fingerprint if own is not None else None, self.offered(facts.name))
 
 
 class Counted(NamedTuple):
@@ -208,7 +161,8 @@ class SplitGroup:
             # Some node serves it whole: there is nothing to split.
             self._wait("")
         else:
-            self._elect(request, members, self._candidates(inputs, facts, members, None), now)
+            candidates = self._candidates(inputs, facts, members, None)
+            self._elect(request, members, candidates, inputs.doubted(facts.name), now)
         self.state = self._own_state(inputs, facts, working, now) if barred is None else None
         self.wake(self._tracker.deadline())
 
@@ -233,8 +187,10 @@ class SplitGroup:
             (one.announcement.capacity.rpc_version for one in inputs.members if one.announcement.capacity.rpc_version),
             _SOME_VERSION,
         )
+        doubted = inputs.doubted(facts.name)
         trips = {one.announcement.node: one.rtt_ms for one in inputs.members if one.rtt_ms}
         trips |= {node: _ASSUMED_MS for node in counted.hoped if node not in trips}
+        trips = {node: milliseconds for node, milliseconds in trips.items() if node not in doubted}
         bare = facts.name not in inputs.on_disk
         able, wish = inputs, self._wish(inputs.options)
         if me in counted.hoped:
@@ -304,7 +260,7 @@ class SplitGroup:
                 return group.model
         return None
 
-    def _helpable(self, inputs: SplitInputs) -> dict[ModelName, "AnnouncedGroup"]:
+    def _helpable(self, inputs: SplitInputs) -> dict[ModelName, AnnouncedGroup]:
         """Groups that this node can help: it has the file, or is needed without it."""
         found = announced_groups(inputs.members, inputs.elsewhere, inputs.excluded)
         without_file = {
@@ -312,7 +268,7 @@ class SplitGroup:
         }
         return without_file | announced_groups(inputs.members, inputs.on_disk, inputs.excluded)
 
-    def _needed(self, group: "AnnouncedGroup", facts: ModelFacts, inputs: SplitInputs) -> bool:
+    def _needed(self, group: AnnouncedGroup, facts: ModelFacts, inputs: SplitInputs) -> bool:
         """Whether a node without the file should help: the group counts on it, has no host yet, or asks all nodes.
 
         A node that may hold the model alone fetches it whole instead, which is faster than any group. A node that runs
@@ -351,6 +307,7 @@ class SplitGroup:
             name=own_label(self._config.node, self._config.name, names_of(inputs.members)),
             gives=self._config.shares,
             on_processor=inputs.on_processor,
+            speed=inputs.speed,
         )
         return [me, *self._tracker.members(facts.fingerprint, inputs.members, working, now)]
 
@@ -364,11 +321,22 @@ class SplitGroup:
         return [own, *others]
 
     def _elect(
-        self, request: SplitRequest, members: Sequence[GroupMember], candidates: Sequence[Candidate], now: float
+        self,
+        request: SplitRequest,
+        members: Sequence[GroupMember],
+        candidates: Sequence[Candidate],
+        doubted: Collection[NodeId],
+        now: float,
     ) -> None:
         # The draft is the host's own. All nodes must find the same group.
         plain = msgspec.structs.replace(request, draft=None)
         outcome = elect(members, lambda memories: group_fits(plain, memories))
+        if doubted:
+            # The others know only that this node does not reach them.
+            known = outcome.left_out
+            found = [node for node in doubted if node in known and known[node].code == Obstacle.UNREACHED]
+            named = known | {node: Barred(Obstacle.DISTRUSTED) for node in found}
+            outcome = msgspec.structs.replace(outcome, left_out=named)
         if isinstance(outcome, TooSmall):
             self._wait_for(outlook(request, candidates, outcome))
         elif outcome.host == self._config.node:
@@ -378,7 +346,7 @@ class SplitGroup:
             self._lead(request, outcome, members, now)
         else:
             self.leadership = None
-            self._follow(request, outcome, members)
+            self._follow(request, outcome, members, doubted)
 
     def _without_found_soon(self, outcome: Elected, now: float) -> Elected:
         """An election's outcome in which a member that is not reached counts as pending for a few seconds.
@@ -416,21 +384,29 @@ class SplitGroup:
                 self.wake(settled)
                 self.waiting_reason = "" if holds else "waiting a moment for more nodes"
                 return
-        processors = {one.node for one in members if one.on_processor}
+        known = {one.node: one for one in members}
         offers = [
-            MemoryOffer(node=node, memory_bytes=memory[node], on_processor=node in processors) for node in outcome.group
+            MemoryOffer(
+                node=node, memory_bytes=memory[node], on_processor=known[node].on_processor, speed=known[node].speed
+            )
+            for node in outcome.group
         ]
         version = next(one.rpc_version for one in members if one.node == outcome.host)
         term = max(outcome.term, self._term) + 1
-        request = msgspec.structs.replace(request, groups=self._config.split.groups)
+        request = msgspec.structs.replace(request, groups=self._config.split.groups, links=_links(members))
         plan, options = _plan(request, offers, term, version)
         if isinstance(plan, DoesNotFit):
             self._wait(plan.message, stuck=True)
             return
         self.waiting_reason = ""
         self.left_out = left_out(request, offers, plan)
-        if present is not None and holds and _same_shares(present.plan, plan):
-            return
+        if present is not None and holds:
+            # Speeds and delays are measured again and again: other engines alone are no reason to load a model anew.
+            groups, again = present.layout.groups, plan
+            if plan.split is not None and plan.split.groups != groups:
+                again, _ = _plan(msgspec.structs.replace(request, groups=groups), offers, term, version)
+            if isinstance(again, LaunchPlan) and _same_shares(present.plan, again):
+                return
         self._term = term
         alone = SplitShare(node=outcome.host, layers=request.facts.layers, memory_bytes=plan.memory_bytes)
         layout = plan.split or SplitLayout(term=term, shares=(alone,), rpc_version=version)
@@ -442,14 +418,23 @@ class SplitGroup:
             self._candidate, self._candidate_since = candidate, now
         return self._candidate_since
 
-    def _follow(self, request: SplitRequest, outcome: Elected, members: Sequence[GroupMember]) -> None:
-        """Lend to the host, once it leads a layout that this node is in."""
+    def _follow(
+        self, request: SplitRequest, outcome: Elected, members: Sequence[GroupMember], doubted: Collection[NodeId]
+    ) -> None:
+        """Lend to the host, once it leads a layout that this node is in.
+
+        A host that this node distrusts gets nothing. It is elected all the same: by what all nodes know.
+        """
         host = current_host([one for one in members if one.node == outcome.host])
         layout = host.state.layout(host.rpc_version) if host is not None else None
         share = layout.share(self._config.node) if layout is not None else None
         self.waiting_reason = "" if host is not None else "waiting for its host to begin"
         self.lending = None
         self.left_out = ()
+        if outcome.host in doubted:
+            name = host.label if host is not None else outcome.host[:10]
+            self.waiting_reason = f"{name} hosts it, which is not trusted with this model: see mesh-llm trust list"
+            return
         if host is not None and share is None and request.asked:
             me = next(one for one in members if one.node == self._config.node)
             if me.state.memory_bytes < (needed := one_layer(request)):
@@ -482,7 +467,9 @@ class SplitGroup:
             seeds=wants or self._tracker.adopted,
             asked=wants and split.asked,
             max_rtt_ms=split.max_rtt_ms,
-            round_trips=self._tracker.round_trips(inputs.members, split.max_rtt_ms, working, now),
+            round_trips=self._tracker.round_trips(
+                inputs.members, split.max_rtt_ms, working, now, inputs.doubted(facts.name)
+            ),
             term=layout.term if layout is not None else self._term,
             leads=layout is not None,
             shares=layout.shares if layout is not None else (),
@@ -503,62 +490,6 @@ class SplitGroup:
         """Evaluate again at `time`, or earlier."""
         if time is not None:
             self._deadline = time if self._deadline is None else min(self._deadline, time)
-
-
-class AnnouncedGroup(NamedTuple):
-    """A group as its members announce it.
-
-    Attributes:
-        model: its model.
-        running: some member leads it.
-        asked: it is to be split over all nodes (`--split`).
-        computing: all nodes in its leaders' layouts.
-        memories: bytes of the members that have the file, the most first.
-    """
-
-    model: ModelName
-    running: bool
-    asked: bool
-    computing: frozenset[NodeId] = frozenset()
-    memories: tuple[int, ...] = ()
-
-
-def announced_groups(
-    members: Sequence[Member], known: Mapping[ModelName, ModelFacts], excluded: Collection[ModelName]
-) -> dict[ModelName, AnnouncedGroup]:
-    """The groups that some node wants or leads, of exactly the files in `known`."""
-    found: dict[ModelName, list[SplitState]] = {}
-    for member in members:
-        state = member.announcement.split
-        if member.suspect or state is None or state.model in excluded:
-            continue
-        facts = known.get(state.model)
-        if facts is not None and facts.fingerprint == state.fingerprint:
-            found.setdefault(state.model, []).append(state)
-    return {
-        model: AnnouncedGroup(
-            model=model,
-            running=any(state.leads for state in states),
-            asked=any(state.asked for state in states),
-            computing=frozenset(share.node for state in states if state.leads for share in state.shares),
-            memories=tuple(sorted((state.memory_bytes for state in states if not state.bare), reverse=True)),
-        )
-        for model, states in found.items()
-        if any(state.seeds or state.leads for state in states)
-    }
-
-
-def models_elsewhere(members: Sequence[Member], on_disk: Container[ModelName]) -> dict[ModelName, ModelFacts]:
-    """Models of groups whose file is not here, as described by the first member, by id, that has the file."""
-    found: dict[ModelName, ModelFacts] = {}
-    for member in sorted(members, key=lambda member: member.announcement.node):
-        state = member.announcement.split
-        if state is None or state.bare or state.model in on_disk or not state.fingerprint:
-            continue
-        for facts in member.announcement.on_disk:
-            if (facts.name, facts.fingerprint) == (state.model, state.fingerprint):
-                found.setdefault(state.model, facts)
-    return found
 
 
 def _request(facts: ModelFacts, inputs: SplitInputs, members: Sequence[GroupMember]) -> SplitRequest:
@@ -595,6 +526,15 @@ def _plan(
     if found and request.draft is not None and isinstance(plan, LaunchPlan):
         plan = msgspec.structs.replace(plan, draft=request.draft.name)
     return plan, options
+
+
+def _links(members: Sequence[GroupMember]) -> Links:
+    """The delays between members, as they announce them."""
+    return {
+        (one.node, other): Link(one_way_seconds=milliseconds / 2e3)
+        for one in members
+        for other, milliseconds in one.state.round_trips.items()
+    }
 
 
 def _holds(layout: SplitLayout, group: Sequence[NodeId], memory: Mapping[NodeId, int]) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from mesh_llm.core.performance.pipeline import Groups, choose_groups, even_ring, measured_ring
+from mesh_llm.core.performance.prediction import Links
 from mesh_llm.core.placement.fit import (
     BATCH_TOKENS,
     PROCESS_BYTES,
@@ -19,12 +21,13 @@ from mesh_llm.core.placement.fit import (
     choose_size,
     context_bounds,
     launch_memory,
+    mtp_memory,
     padded,
     plan_solo,
 )
 from mesh_llm.core.types.errors import size
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan, ModelFacts, SplitLayout, SplitShare
+from mesh_llm.core.types.model import AUTO_CACHE, LaunchOptions, LaunchPlan, ModelFacts, Speed, SplitLayout, SplitShare
 
 
 def divide_layers(layers: int, weights: Sequence[float], most: Sequence[int]) -> tuple[int, ...] | None:
@@ -121,11 +124,14 @@ def split_memory(
     buffers = BATCH_TOKENS * width * _FLOAT_BYTES + padded(context) * BATCH_TOKENS * _MASK_BYTES
     cache = cache_bytes(facts, context, slots, cache_type)
     extra = launch_memory(draft, context, slots).total if draft is not None else 0
+    layer_weights = int(inner / layers * _MARGIN)
+    # Layers that guess tokens ahead (MTP) are on the host, or not loaded.
+    extra += mtp_memory(facts, context, slots).cache + facts.mtp_layers * layer_weights
     return SplitMemory(
         layer=max(1, int((inner + cache) / layers * _MARGIN)),
         host=weights + solo.compute + solo.other + extra,
         worker=buffers + PROCESS_BYTES,
-        layer_weights=int(inner / layers * _MARGIN),
+        layer_weights=layer_weights,
         worker_engine=buffers,
         solo=solo,
     )
@@ -144,11 +150,12 @@ def pipelined_tokens(machines: int) -> int:
     The machines of a group work on consecutive micro-batches at the same time. A prompt of P tokens in micro-batches of
     b keeps S machines busy for the part P / (P + (S - 1) * b) of the time, so smaller ones are better, down to the size
     at which what each takes beside its tokens counts more: o tokens' worth, so that sqrt(o * P / (S - 1)) is best. On
-    processors reading the weights is worth some 8 tokens. While the host hands on what there is for a worker, about a
-    millisecond, it computes nothing, and all S machines follow its pace: 0.3 * S * (S - 1) where one machine reads 300
-    tokens a second. Measured with one worker at 0 ms on quiet cores, 2,000 tokens, × one machine: 512: 1.45 and 1.58;
-    256: 1.58 and 1.62; 128: 1.63 and 1.68; 64: 1.48 and 1.77. A GPU reads its weights in the time of hundreds of a
-    prompt's tokens: it keeps `BATCH_TOKENS`.
+    processors reading the weights and beginning a batch is worth some 8 tokens. While the host hands on what there is
+    for a worker, about a millisecond, it computes nothing, and all S machines follow its pace: 0.3 * S * (S - 1) where
+    one machine reads 300 tokens a second. Measured with one worker at 0 ms on quiet cores, 2,000 tokens, × one machine:
+    512: 1.45 and 1.58; 256: 1.58 and 1.62; 128: 1.63 and 1.68; 64: 1.48 and 1.77. Reading the weights alone is worth
+    1.7 to 4.7 tokens there (`Speed.batch` over `Speed.full`), which would give 64 and 96: no faster, and less even. A
+    GPU reads its weights in the time of hundreds of a prompt's tokens: it keeps `BATCH_TOKENS`.
     """
     workers = max(1, machines - 1)
     beside = _READ_TOKENS + _HANDED_TOKENS * machines * workers
@@ -156,48 +163,17 @@ def pipelined_tokens(machines: int) -> int:
     return min(MOST_PIPELINED_TOKENS, max(1, round(best / _PIECE_TOKENS)) * _PIECE_TOKENS)
 
 
-MOST_GROUPS = 4
 _SHARING_RPC = "8."
 """Versions of ggml's RPC whose graphs have numbers, so that several engines can use one rpc-server."""
 
-_LEAST_GAIN = 1.25
-
-
-def pipeline_gain(machines: int, slots: int, groups: int) -> float:
-    """How many times as many tokens `groups` engines give together as one, with a request in every slot.
-
-    A token of one engine goes through all machines, which read the weights once and compute its slots. Engines with a
-    part of the slots each follow each other around the ring, until a machine has no pause any more. Delays are left
-    out: they are the same for all. Measured with real engines, one worker at 0 ms, 8 slots, two engines: 1.30 to 1.41;
-    this says 1.33.
-    """
-    each = _READ_TOKENS + slots / groups
-    return (_READ_TOKENS + slots) / max(each, groups * each / machines)
-
-
-def pipeline_groups(machines: int, slots: int, most: int | None) -> int:
-    """How many engines to start over a split model: the fewest that give nearly the most.
-
-    Args:
-        machines: that compute.
-        slots: of all engines together; each gets the same number.
-        most: engines at most, as a user says; None: only where `_LEAST_GAIN` is expected, with two slots each.
-    """
-    limit = min(MOST_GROUPS, max(1, min(slots // 2, machines)) if most is None else min(slots, most))
-    possible = [groups for groups in range(1, limit + 1) if slots % groups == 0]
-    if most is not None:
-        return possible[-1]
-    gains = {groups: pipeline_gain(machines, slots, groups) for groups in possible}
-    best = max(gains.values())
-    return next(groups for groups, gain in gains.items() if gain >= 0.95 * best) if best >= _LEAST_GAIN else 1
-
 
 class MemoryOffer(msgspec.Struct, frozen=True, kw_only=True):
-    """A node of the group, and the bytes that it offers; `on_processor`: as in `Capacity`."""
+    """A node of the group, and the bytes that it offers; `on_processor` and `speed`: as in `Capacity`."""
 
     node: NodeId
     memory_bytes: int
     on_processor: bool = False
+    speed: Speed = Speed()
 
 
 class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,6 +186,7 @@ class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
         asked: split over all nodes, even where fewer are enough (`--split`).
         draft: a draft model beside it on the host.
         groups: most engines of the host; None: as many as pay.
+        links: between the nodes, as far as they are known: what engines gain depends on delays.
     """
 
     facts: ModelFacts
@@ -218,6 +195,7 @@ class SplitRequest(msgspec.Struct, frozen=True, kw_only=True):
     asked: bool = False
     draft: ModelFacts | None = None
     groups: int | None = 1
+    links: Links = {}
 
     @property
     def least_context(self) -> int:
@@ -343,46 +321,63 @@ def _over(request: SplitRequest, group: Sequence[MemoryOffer], term: int, rpc_ve
         return None
     memory = request.memory(context, slots)
     sizes = [memory.host + layers[0] * memory.layer, *(memory.worker + count * memory.layer for count in layers[1:])]
-    groups = _groups(request, group, layers, slots) if rpc_version.startswith(_SHARING_RPC) else 1
-    # The host's layers are one mapping of the file only where llama.cpp does not rearrange them for the processor.
-    more = [memory.host + layers[0] * memory.layer_weights, *([memory.worker_engine] * (len(group) - 1))]
-    # Only with memory that is left: neither context nor slots are less for it.
-    while groups > 1 and any(
-        used + (groups - 1) * each > have
-        for place, (count, used, each, have) in enumerate(zip(layers, sizes, more, memories, strict=True))
+    shares = [
+        SplitShare(node=offer.node, layers=count, memory_bytes=used)
+        for place, (offer, count, used) in enumerate(zip(group, layers, sizes, strict=True))
         if count > 0 or not place
-    ):
-        groups = max(fewer for fewer in range(1, groups) if slots % fewer == 0)
-    host, *workers = (
-        SplitShare(node=offer.node, layers=count, memory_bytes=used + (groups - 1) * each)
-        for place, (offer, count, used, each) in enumerate(zip(group, layers, sizes, more, strict=True))
-        if count > 0 or not place
+    ]
+    layout = SplitLayout(
+        term=term,
+        shares=tuple(shares),
+        rpc_version=rpc_version,
+        micro_batch=_micro_batch(request.facts, group, len(shares)),
     )
+    groups = _groups(request, group, layout, slots)
+    # The host's layers are one mapping of the file only where llama.cpp does not rearrange them for the processor.
+    more = [memory.host + layers[0] * memory.layer_weights, *([memory.worker_engine] * (len(shares) - 1))]
+    have = {offer.node: offer.memory_bytes for offer in group}
+    # Only with memory that is left: neither context nor slots are less for it.
+    while groups.count > 1 and any(
+        share.memory_bytes + (groups.count - 1) * each > have[share.node]
+        for share, each in zip(shares, more, strict=True)
+    ):
+        fewer = max(count for count in range(1, groups.count) if slots % count == 0)
+        groups = Groups(count=fewer, why="there is memory for no more")
+    further = groups.count - 1
+    shares = [
+        msgspec.structs.replace(share, memory_bytes=share.memory_bytes + further * each)
+        for share, each in zip(shares, more, strict=True)
+    ]
     return LaunchPlan(
         model=request.facts.name,
         context=context,
         slots=slots,
-        memory_bytes=host.memory_bytes,
+        memory_bytes=shares[0].memory_bytes,
         cache_type=request.cache_type,
-        split=SplitLayout(
-            term=term,
-            shares=(host, *workers),
-            rpc_version=rpc_version,
-            micro_batch=_micro_batch(request.facts, group, 1 + len(workers)),
-            groups=groups,
-        ),
+        split=msgspec.structs.replace(layout, shares=tuple(shares), groups=groups.count, groups_why=groups.why),
     )
 
 
-def _groups(request: SplitRequest, group: Sequence[MemoryOffer], layers: Sequence[int], slots: int) -> int:
+def _groups(request: SplitRequest, group: Sequence[MemoryOffer], layout: SplitLayout, slots: int) -> Groups:
     """Engines of the host; one where a machine has a GPU.
 
     On a GPU, reading the weights takes as long as hundreds of tokens, so that little is gained; and the host's own
     weights would be there once for each engine. A draft model is another one that each engine would have.
     """
-    machines = sum(1 for count in layers if count > 0)
-    fits_all = request.draft is None and not request.facts.one_batch and all(offer.on_processor for offer in group)
-    return pipeline_groups(machines, slots, request.groups) if fits_all else 1
+    if request.groups == 1:
+        return Groups(count=1, why="as set by --groups 1")
+    if not layout.rpc_version.startswith(_SHARING_RPC):
+        return Groups(count=1, why="the engines' version cannot share weights")
+    if not all(offer.on_processor for offer in group):
+        return Groups(count=1, why="a GPU takes part")
+    if request.draft is not None:
+        return Groups(count=1, why="a draft model helps it")
+    if request.facts.one_batch:
+        return Groups(count=1, why="it answers with embeddings")
+    speeds = {offer.node: offer.speed for offer in group}
+    machines = sum(1 for share in layout.shares if share.layers > 0)
+    ring = measured_ring(request.facts, layout, speeds, request.links) or even_ring(machines)
+    return choose_groups(ring, slots, request.groups)
 
 
 def _micro_batch(facts: ModelFacts, group: Sequence[MemoryOffer], machines: int) -> int:

@@ -271,6 +271,8 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         there = "" if one.node == reader else f"on {one.name}: "
         if one.obstacle == Obstacle.SCOPE:
             return self._grant(one, reader)
+        if one.obstacle == Obstacle.DISTRUSTED:
+            return "see mesh-llm trust list"
         if one.obstacle == Obstacle.NOT_GIVEN:
             return f"start {one.detail} without --no-seed"
         if one.obstacle == Obstacle.FAR:
@@ -304,6 +306,7 @@ _CLAUSES: dict[str, tuple[str, str]] = {
     Obstacle.VERSION: ("speaks another RPC version", " ({})"),
     Obstacle.NOT_GIVEN: ("lacks the file, and gets it from nobody", " ({} gives none)"),
     Obstacle.UNREACHED: ("cannot be reached directly at present", ""),
+    Obstacle.DISTRUSTED: ("is not trusted with this model", ""),
     Obstacle.FAR: ("is too far away", " ({})"),
     Obstacle.FULL: ("is not needed: the group has as many nodes as there may be", ""),
 }

@@ -4,14 +4,15 @@ A circle is a set of owners. A node is in it if one of them has signed that the 
 is always in it. All nodes that would see a prompt must be: the host, and the workers of a split, which see activations.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
+from functools import reduce
 
 import msgspec
 
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.announcement import Ownership
-from mesh_llm.core.types.ids import NodeId, OwnerId
+from mesh_llm.core.types.ids import ModelName, NodeId, OwnerId
 from mesh_llm.core.types.model import ModelStatus
 
 Circle = frozenset[OwnerId] | None
@@ -56,6 +57,17 @@ class Owners(msgspec.Struct, frozen=True, kw_only=True):
         return own if privacy is Privacy.OWN else own | frozenset(self.group)
 
 
+def common(circles: Sequence[frozenset[OwnerId]]) -> frozenset[OwnerId]:
+    """The owners who are in each of one or more circles."""
+    return reduce(lambda one, other: one & other, circles)
+
+
+def narrowest(circles: Iterable[Circle]) -> Circle:
+    """The circle that is in each of several."""
+    known = [one for one in circles if one is not None]
+    return common(known) if known else None
+
+
 def owner_of(node: NodeId, owners: Mapping[NodeId, Ownership], now: float) -> OwnerId | None:
     """Whose node it is at `now` (UNIX seconds); None: nobody's that is known."""
     found = owners.get(node)
@@ -86,7 +98,22 @@ def within(
     """A model's route with only the targets that may see a prompt of this circle."""
     if circle is None:
         return route
-    targets = tuple(one for one in route.targets if not outsiders(one, circle, snapshot.owners, inside, now))
+    return _only(route, tuple(one for one in route.targets if not outsiders(one, circle, snapshot.owners, inside, now)))
+
+
+def without_distrusted(route: ModelRoute, snapshot: RoutingSnapshot) -> ModelRoute:
+    """A model's route without the targets where a node computes whose answers were not the model's."""
+    if not snapshot.distrusted:
+        return route
+    return _only(route, tuple(one for one in route.targets if not doubted(route.name, one, snapshot)))
+
+
+def doubted(model: ModelName, target: Target, snapshot: RoutingSnapshot) -> tuple[NodeId, ...]:
+    """The nodes at a target, its host or workers, that this node does not trust with a model."""
+    return tuple(node for node in (target.node, *target.workers) if (model, node) in snapshot.distrusted)
+
+
+def _only(route: ModelRoute, targets: tuple[Target, ...]) -> ModelRoute:
     if len(targets) == len(route.targets):
         return route
     states = {one.status for one in targets}

@@ -9,9 +9,23 @@ from enum import StrEnum
 import msgspec
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.receipt import Outcome, Receipt, Statement, Step
+from mesh_llm.core.types.receipt import FirstPart, Outcome, Receipt, Statement, Step
 
 _SHOWN_ID = 10
+_WORDS = {
+    "model": "model",
+    "content": "file",
+    "fingerprint": "fingerprint",
+    "quantisation": "quantisation",
+    "context": "context",
+    "engine": "engine",
+    "cache_type": "type of the KV cache",
+    "wire_type": "precision between nodes",
+    "system_prompt": "system prompt",
+    "workers": "workers",
+    "began": "time of its beginning",
+}
+"""What a first part and the statement after it must both say, for people."""
 
 
 class Mark(StrEnum):
@@ -35,12 +49,15 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         receipt: as decoded.
         signed: the asking node's signature over it holds.
-        statements: for each step what its host signed; None: nothing. A text: why it does not count.
+        firsts: for each step what its host signed with the head of its answer, as far as the step has it; None:
+            nothing. A text: why it does not count.
+        statements: for each step what its host signed at the answer's end; the same.
         chain: for each step its digest (`wire.mesh.receipts.step_digest`).
     """
 
     receipt: Receipt
     signed: bool
+    firsts: tuple[FirstPart | str | None, ...]
     statements: tuple[Statement | str | None, ...]
     chain: tuple[bytes, ...]
 
@@ -51,22 +68,20 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         node: its id.
         part: `asked`, `host`, `worker`; `refused` and `lost` for hosts that did not give the answer's end.
-        signed: it signed its part itself. Else the asking node says so, or the host for its workers.
+        signed: it signed itself that it got the prompt. Else the asking node says so, or the host for its workers.
+        first_only: it signed no more than that, as a host that was killed: not how its answer ended.
     """
 
     node: NodeId
     part: str
     signed: bool
+    first_only: bool = False
 
 
 def why_not(step: Step, statement: Statement, asker: NodeId) -> str:
     """Why a host's statement does not belong to a step, as a clause; empty: it does."""
     problems = (
-        (statement.host != step.node, "it was signed by another node"),
-        (statement.asker != asker, "it was made for another node"),
-        (statement.challenge != step.challenge, "it answers another request: the challenge differs"),
-        (statement.previous != step.previous, "it follows another part"),
-        (statement.request != step.request, "the host got another request than was sent"),
+        *_misplaced(step, statement, asker),
         (statement.ended < statement.began, "it ends before it begins"),
         (step.outcome is Outcome.ANSWERED and not statement.whole, "the host did not send the answer's end"),
         (
@@ -79,24 +94,54 @@ def why_not(step: Step, statement: Statement, asker: NodeId) -> str:
     return next((text for wrong, text in problems if wrong), "")
 
 
+def why_not_first(step: Step, first: FirstPart, asker: NodeId) -> str:
+    """Why a host's first part does not belong to a step, as a clause; empty: it does."""
+    return next((text for wrong, text in _misplaced(step, first, asker) if wrong), "")
+
+
+def _misplaced(step: Step, said: FirstPart | Statement, asker: NodeId) -> tuple[tuple[bool, str], ...]:
+    return (
+        (said.host != step.node, "it was signed by another node"),
+        (said.asker != asker, "it was made for another node"),
+        (said.challenge != step.challenge, "it answers another request: the challenge differs"),
+        (said.previous != step.previous, "it follows another part"),
+        (said.request != step.request, "the host got another request than was sent"),
+    )
+
+
+def differences(first: FirstPart, statement: Statement) -> tuple[str, ...]:
+    """In what a host's first part and its statement contradict each other, in words.
+
+    A file that had not been read when the answer began may have been read when it ended.
+    """
+    return tuple(
+        text
+        for name, text in _WORDS.items()
+        if getattr(first, name) != getattr(statement, name) and (name != "content" or first.content)
+    )
+
+
 def who_saw(checked: Checked) -> tuple[Seen, ...]:
     """All nodes that saw the prompt, as far as the receipt says: each once, the asked node first."""
     receipt = checked.receipt
     found: dict[NodeId, Seen] = {receipt.node: Seen(node=receipt.node, part="asked", signed=checked.signed)}
 
-    def add(node: NodeId, part: str, *, signed: bool) -> None:
+    def add(node: NodeId, part: str, *, signed: bool, first_only: bool = False) -> None:
         known = found.get(node)
         if known is None:
-            found[node] = Seen(node=node, part=part, signed=signed)
+            found[node] = Seen(node=node, part=part, signed=signed, first_only=first_only)
         elif known.part == "asked" and part == "host":
             # It answered the request itself.
             found[node] = Seen(node=node, part=part, signed=known.signed or signed)
 
-    for step, statement in zip(receipt.steps, checked.statements, strict=True):
+    for step, first, statement in zip(receipt.steps, checked.firsts, checked.statements, strict=True):
         good = isinstance(statement, Statement) and not why_not(step, statement, receipt.node)
+        took = isinstance(first, FirstPart) and not why_not_first(step, first, receipt.node)
         part = {Outcome.ANSWERED: "host", Outcome.LEFT: "host", Outcome.LOST: "lost"}.get(step.outcome, "refused")
-        add(step.node, part, signed=good)
-        workers = statement.workers if isinstance(statement, Statement) else ()
+        add(step.node, part, signed=good or took, first_only=took and not good)
+        workers = [
+            worker for said in (first, statement) if said and not isinstance(said, str) for worker in said.workers
+        ]
         for worker in dict.fromkeys((*workers, *step.workers)):
             add(worker, "worker", signed=False)
     return tuple(found.values())
@@ -108,6 +153,14 @@ def answered_by(checked: Checked) -> Statement | None:
     if not isinstance(statement, Statement) or why_not(step, statement, checked.receipt.node):
         return None
     return statement
+
+
+def begun_by(checked: Checked) -> FirstPart | None:
+    """The first part of the last host, if it holds, and the host signed nothing about the end."""
+    step, first, statement = checked.receipt.steps[-1], checked.firsts[-1], checked.statements[-1]
+    if statement is not None or not isinstance(first, FirstPart) or why_not_first(step, first, checked.receipt.node):
+        return None
+    return first
 
 
 def examine(
@@ -130,8 +183,8 @@ def examine(
     if answer is not None:
         found.append(_of(receipt.answer == answer, "It is about this answer."))
     found += _chain(checked)
-    for index, (step, statement) in enumerate(zip(receipt.steps, checked.statements, strict=True)):
-        found += _step(index, step, statement, receipt.node)
+    for step, first, statement in zip(receipt.steps, checked.firsts, checked.statements, strict=True):
+        found += _step(step, first, statement, receipt.node)
     if receipt.ended < receipt.began:
         found.append(Finding(Mark.FAILS, "The receipt ends before it begins."))
     if receipt.steps[-1].outcome is Outcome.LEFT:
@@ -171,36 +224,83 @@ def _chain(checked: Checked) -> list[Finding]:
     return [Finding(Mark.HOLDS, f"Its {len(steps)} parts follow each other.")] if len(steps) > 1 else []
 
 
-def _step(index: int, step: Step, statement: Statement | str | None, asker: NodeId) -> list[Finding]:
-    who = f"Node {_short(step.node)}"
+def _step(step: Step, first: FirstPart | str | None, statement: Statement | str | None, asker: NodeId) -> list[Finding]:
+    who, found = f"Node {_short(step.node)}", list[Finding]()
+    problem = why_not_first(step, first, asker) if isinstance(first, FirstPart) else first or ""
+    if problem:
+        found.append(Finding(Mark.FAILS, f"The first part that {_inside(who)} signed does not hold: {problem}."))
+    took = first if isinstance(first, FirstPart) and not problem else None
     if statement is None:
+        return [*found, *_end_unsigned(who, step, took, asker)]
+    problem = statement if isinstance(statement, str) else why_not(step, statement, asker)
+    if problem or isinstance(statement, str):
+        if took is not None:
+            found += _took(who, step, took, asker)
+        return [*found, Finding(Mark.FAILS, f"What {_inside(who)} signed does not hold: {problem}.")]
+    found.append(
+        Finding(Mark.HOLDS, f"{who} signed that it got this request and {_gave(step)} with {statement.model}.")
+    )
+    found += _remarks(who, step, statement, asker)
+    if took is not None and (what := differences(took, statement)):
+        text = (
+            f"{who} contradicts itself: what it signed when its answer began says otherwise about: {', '.join(what)}."
+        )
+        found.append(Finding(Mark.FAILS, text))
+    return found
+
+
+def _end_unsigned(who: str, step: Step, took: FirstPart | None, asker: NodeId) -> list[Finding]:
+    """About a host that signed at most the first part."""
+    # Nothing is proved about the answer where its host signed nothing at its end.
+    mark = Mark.FAILS if step.outcome is Outcome.ANSWERED and step.status < 400 else Mark.NOTE
+    if took is None:
         ends = {
             Outcome.ANSWERED: "answered, and signed nothing: its version may be older, or it was lost right after",
             Outcome.LEFT: "was answering when the client left, and signed nothing",
             Outcome.LOST: "saw the prompt and was lost. It signed nothing",
             Outcome.REFUSED: "saw the prompt and did not take the request. It signed nothing",
         }
-        # Nothing is proved about the answer where its host signed nothing.
-        mark = Mark.FAILS if step.outcome is Outcome.ANSWERED and step.status < 400 else Mark.NOTE
         return [Finding(mark, f"{who} {ends[step.outcome]}.")]
-    problem = statement if isinstance(statement, str) else why_not(step, statement, asker)
-    if problem or isinstance(statement, str):
-        return [Finding(Mark.FAILS, f"What {who[0].lower()}{who[1:]} signed does not hold: {problem}.")]
-    found = [Finding(Mark.HOLDS, f"{who} signed that it got this request and {_gave(step)} with {statement.model}.")]
-    if step.fingerprint and statement.fingerprint and step.fingerprint != statement.fingerprint:
-        found.append(Finding(Mark.FAILS, f"{who} had announced another file of {statement.model} than it signed."))
-    missing = [one for one in step.workers if one not in statement.workers]
+    ends = {
+        Outcome.ANSWERED: "it was lost right after, or hides it",
+        Outcome.LEFT: "the client left, and it did not say more",
+        Outcome.LOST: "it was lost before",
+        Outcome.REFUSED: "it then refused the request",
+    }
+    text = f"{who} did not sign how its answer ended: {ends[step.outcome]}."
+    return [*_took(who, step, took, asker), Finding(mark, text)]
+
+
+def _took(who: str, step: Step, first: FirstPart, asker: NodeId) -> list[Finding]:
+    kind = f" ({first.quantisation})" if first.quantisation else ""
+    text = f"{who} signed that it took the prompt, to answer it with {first.model}{kind}."
+    return [Finding(Mark.HOLDS, text), *_remarks(who, step, first, asker)]
+
+
+def _remarks(who: str, step: Step, said: FirstPart | Statement, asker: NodeId) -> list[Finding]:
+    """What a host's words, that hold, leave open."""
+    found: list[Finding] = []
+    if step.fingerprint and said.fingerprint and step.fingerprint != said.fingerprint:
+        found.append(Finding(Mark.FAILS, f"{who} had announced another file of {said.model} than it signed."))
+    missing = [one for one in step.workers if one not in said.workers]
     if missing:
         text = f"{who} had announced workers that it did not sign: {', '.join(map(_short, missing))}."
         found.append(Finding(Mark.NOTE, text))
-    if not statement.content:
+    unannounced = [one for one in said.workers if one not in step.workers]
+    if unannounced and step.node != asker:
+        text = f"{who} alone says that these computed for it, which it had not announced: "
+        found.append(Finding(Mark.NOTE, f"{text}{', '.join(map(_short, unannounced))}."))
+    if not said.content:
         text = f"{who} had not read the whole file yet: the fingerprint covers its header and size only."
         found.append(Finding(Mark.NOTE, text))
-    if statement.system_prompt:
+    if said.system_prompt:
         found.append(Finding(Mark.NOTE, f"{who} puts a system prompt of its own before requests that have none."))
-    if index and not statement.previous:
-        found.append(Finding(Mark.FAILS, f"{who} signed that it was the first."))
     return found
+
+
+def _inside(who: str) -> str:
+    """The name of a node inside of a sentence."""
+    return who[0].lower() + who[1:]
 
 
 def _gave(step: Step) -> str:

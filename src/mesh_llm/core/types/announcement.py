@@ -189,6 +189,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         aliases: further exact names, such as the file stem.
         kind: what it is for.
         load_seconds: how long its load takes, measured or estimated; 0.0 unknown.
+        cache_type: KV cache element type; empty: unknown.
     """
 
     model: Model
@@ -204,19 +205,20 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     aliases: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_ALIASES)] = ()
     kind: ModelKind = ModelKind.CHAT
     load_seconds: Annotated[Rate, LATER] = 0.0
+    cache_type: Annotated[str, msgspec.Meta(max_length=16, pattern=ONE_LINE), LATER] = ""
 
 
-LoadScope: TypeAlias = Literal["off", "own", "members", "clients"]
-"""For whom a node loads models that somebody asks for (`--on-demand`), from nobody to passive clients."""
+LoadScope: TypeAlias = Literal["off", "own", "members", "clients", "strangers"]
+"""Which requests make a node load a model (`--on-demand`): from none to those of strangers by a public listing."""
 
 Standing: TypeAlias = Literal["own", "member", "client", "stranger"]
 """Who asks for a model: a client of the node itself, a member, a passive client, or who came by a public listing."""
 
 
 def may_load(scope: LoadScope, standing: Standing) -> bool:
-    """Whether a node with this `--on-demand` loads a model for that asker. Strangers never make a node load."""
+    """Whether a node with this `--on-demand` loads a model for that asker."""
     order: dict[str, int] = {"own": 1, "member": 2, "client": 3, "stranger": 4}
-    return order[standing] <= {"off": 0, "own": 1, "members": 2, "clients": 3}[scope]
+    return order[standing] <= {"off": 0, "own": 1, "members": 2, "clients": 3, "strangers": 4}[scope]
 
 
 class LoadOffer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,5 +1,6 @@
-"""The one family of errors that a user can meet, and sizes and times as people write them."""
+"""The one family of errors that a user can meet, and sizes, times and names as people write them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -36,6 +37,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def listed(names: Sequence[str], most: int | None = None) -> str:
+    """Names in a sentence: "A, B and C". Of more than `most` the first of them: "A, B and 3 more"."""
+    if most is not None and len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return " and ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def duration(seconds: float) -> str:

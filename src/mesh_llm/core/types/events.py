@@ -5,9 +5,10 @@ from typing import TypeAlias
 import msgspec
 
 from mesh_llm.core.routing.ranking import RoutingSnapshot
-from mesh_llm.core.types.announcement import ListingPolicy, Serving, Standing
+from mesh_llm.core.trust.corrections import TimedAnswer
+from mesh_llm.core.types.announcement import ListingPolicy, Ownership, Serving, Standing
 from mesh_llm.core.types.gossip import MeshMessage
-from mesh_llm.core.types.ids import ModelName, NodeId, Term
+from mesh_llm.core.types.ids import ModelName, NodeId, OwnerId, Term
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelFacts, Speed
 from mesh_llm.core.types.model_settings import ModelSettings
 
@@ -125,6 +126,7 @@ class ModelAwaited(Event, frozen=True, kw_only=True):
         count: requests that wait for that asker; 0: none any more.
         here: the asker wants it loaded on this node, and on no other.
         standing: who asks.
+        circle: owners whose nodes may see every prompt that waits; None: for some of them, all may.
     """
 
     model: ModelName
@@ -132,6 +134,7 @@ class ModelAwaited(Event, frozen=True, kw_only=True):
     count: int
     here: bool = False
     standing: Standing = "own"
+    circle: tuple[OwnerId, ...] | None = None
 
 
 class LoadAnswered(Event, frozen=True, kw_only=True):
@@ -199,6 +202,37 @@ class TargetFailed(Event, frozen=True, kw_only=True):
     model: ModelName
     reason: str
     term: int = 0
+
+
+class ContextRefused(Event, frozen=True, kw_only=True):
+    """A host refused a prompt of about `tokens` tokens, or broke an answer off there, although it announces more."""
+
+    node: NodeId
+    model: ModelName
+    term: int
+    tokens: int
+
+
+class PromptTaken(Event, frozen=True, kw_only=True):
+    """A host answered a prompt of `tokens` tokens, which is more than its context is known to be here."""
+
+    node: NodeId
+    model: ModelName
+    term: int
+    tokens: int
+
+
+class CorrectionsForgotten(Event, frozen=True, kw_only=True):
+    """The user wants what a host announces to be believed again. `model` None: of all its models."""
+
+    node: NodeId
+    model: ModelName | None = None
+
+
+class AnswersTimed(Event, frozen=True, kw_only=True):
+    """How fast answers of other nodes came."""
+
+    answers: tuple[TimedAnswer, ...]
 
 
 class PeerConnected(Event, frozen=True, kw_only=True):
@@ -299,6 +333,21 @@ class ScopeLimited(Event, frozen=True, kw_only=True):
     scope: str
 
 
+class HostsDistrusted(Event, frozen=True, kw_only=True):
+    """Canaries have shown that these hosts answer with other models than they announce: all that are known now."""
+
+    hosts: tuple[tuple[ModelName, NodeId], ...]
+
+
+class StandingsKnown(Event, frozen=True, kw_only=True):
+    """The nodes that are no strangers, by their admissions and their owners.
+
+    After the first such event all others count as strangers, which came by a public listing, until a later one.
+    """
+
+    members: frozenset[NodeId]
+
+
 class RoutesLearned(Event, frozen=True, kw_only=True):
     """A passive node fetched the routing table of `source`. Its targets are as `source` sees them."""
 
@@ -316,6 +365,12 @@ class SettingsChanged(Event, frozen=True, kw_only=True):
 
     options: LaunchOptions
     models: dict[str, ModelSettings]
+
+
+class OwnershipChanged(Event, frozen=True, kw_only=True):
+    """The owner of this node, as the owner signed it; None: nobody owns it any more."""
+
+    ownership: Ownership | None
 
 
 class SplitScope(Event, frozen=True, kw_only=True):
@@ -340,11 +395,15 @@ class RpcChanged(Event, frozen=True, kw_only=True):
 
 
 class SplitFailed(Event, frozen=True, kw_only=True):
-    """The tunnel to a worker of the split model hosted here could not be opened, or broke."""
+    """The tunnel to a worker of the split model hosted here could not be opened, or broke.
+
+    `memory_bytes`: the worker did not give its part, so large, of the memory that it offers; 0: it was something else.
+    """
 
     node: NodeId
     model: ModelName
     reason: str = ""
+    memory_bytes: int = 0
 
 
 class PartRefused(Event, frozen=True, kw_only=True):
@@ -379,6 +438,10 @@ class Tick(Event, frozen=True, kw_only=True):
 
 AnyEvent: TypeAlias = (
     Started
+    | AnswersTimed
+    | ContextRefused
+    | PromptTaken
+    | CorrectionsForgotten
     | ModelsChanged
     | AddressesChanged
     | EngineReady
@@ -406,8 +469,11 @@ AnyEvent: TypeAlias = (
     | Readmitted
     | ScopeLimited
     | UserWarned
+    | HostsDistrusted
+    | StandingsKnown
     | RoutesLearned
     | SettingsChanged
+    | OwnershipChanged
     | SplitScope
     | RpcChanged
     | SplitFailed

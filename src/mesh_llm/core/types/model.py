@@ -53,6 +53,8 @@ class LayerFacts(msgspec.Struct, frozen=True, array_like=True):
         row: KV cache of one token, with f16 K and V.
         windowed: it sees only the last `ModelFacts.window` tokens.
         state: recurrent state of one slot.
+        products: multiplications of one token's queries with keys, and weights with values, for each token of its
+            context; not bytes.
     """
 
     weights: int
@@ -60,6 +62,7 @@ class LayerFacts(msgspec.Struct, frozen=True, array_like=True):
     row: int = 0
     windowed: bool = False
     state: int = 0
+    products: int = 0
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +90,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         input_bytes: what is read with a prompt's tokens, before the first layer: the token embedding above all. Not
             announced.
         largest_bytes: the largest tensor of a layer. Not announced.
+        mtp_layers: its last layers that guess tokens ahead (multi-token prediction), where the engine can use them. Not
+            announced.
+        mtp_row: KV cache bytes of one token in those layers, f16; not in `kv_bytes_per_token`. Not announced.
         quantises: every backend can keep its KV cache quantised, with flash attention. Not announced.
         architecture: `general.architecture`; of a projector, its kind (`clip.projector_type`).
         pooling: how an embedding model or reranker makes one vector of its tokens, as in `mean`; empty where the file
@@ -116,6 +122,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     layer_facts: tuple[LayerFacts, ...] = ()
     input_bytes: int = 0
     largest_bytes: int = 0
+    mtp_layers: int = 0
+    mtp_row: int = 0
     quantises: bool = False
     architecture: str = "llama"
     pooling: str = ""
@@ -160,6 +168,33 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
         return Rates(f16=int(self.f16 / factor), q8=int(self.q8 / factor), q4=int(self.q4 / factor))
 
 
+class AttentionRates(msgspec.Struct, frozen=True, kw_only=True):
+    """Multiplications of queries with keys, and of weights with values, per second; f16 keys and values.
+
+    Attributes:
+        prompt: many tokens at once, all threads or the accelerator; 0: not measured.
+        token: one token, all threads or the accelerator; 0: not measured.
+    """
+
+    prompt: int = 0
+    token: int = 0
+
+    def slowed(self, factor: float) -> "AttentionRates":
+        """Rates of a machine that takes `factor` times as long."""
+        return AttentionRates(prompt=int(self.prompt / factor), token=int(self.token / factor))
+
+
+_PROMPT_ATTENTION = 0.75
+"""Where attention was not measured: its multiplications per second, relative to those of weights with many tokens.
+Measured in llama.cpp on an AMD EPYC: 22.8 of 31.5 billion."""
+
+_TOKEN_ATTENTION = 0.17
+"""The same for one token on one thread of a processor, relative to weights in its cache. Measured there: 4.6 of
+26.5 billion."""
+
+_F16_BYTES = 2.0
+
+
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """How fast one machine computes, measured on the devices that its models use.
 
@@ -172,6 +207,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
         full_step_ns: the same on all threads, which wait for each other.
         batch: all threads or the accelerator, many tokens of a prompt at once: bytes of weights that the tokens would
             read one by one, per second.
+        attention: the part that grows with the context.
     """
 
     cores: int = 0
@@ -181,6 +217,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     step_ns: int = 0
     full_step_ns: int = 0
     batch: Annotated[Rates, LATER] = Rates()
+    attention: Annotated[AttentionRates, LATER] = AttentionRates()
 
     @property
     def known(self) -> bool:
@@ -197,6 +234,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
             step_ns=int(self.step_ns * factor),
             full_step_ns=int(self.full_step_ns * factor),
             batch=self.batch.slowed(factor),
+            attention=self.attention.slowed(factor),
         )
 
     def seconds(self, bits: float, whole_bytes: int, read_bytes: float, layers: int) -> float:
@@ -220,11 +258,38 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     def prompt_seconds(self, bits: float, whole_bytes: int, read_bytes: float, tokens: int) -> float | None:
         """Seconds of `tokens` of a prompt through a part of a model; arguments as of `seconds`. None: not measured."""
         rate = self.batch.of(bits)
-        if not rate:
-            return None
-        # An engine has as many threads for prompts as for answers.
-        threads = min(self.cores, 1 + whole_bytes // BYTES_PER_THREAD) / self.cores if self.cores else 1.0
-        return read_bytes * tokens / (rate * threads)
+        return read_bytes * tokens / (rate * self._used(whole_bytes)) if rate else None
+
+    def prompt_attention_seconds(self, whole_bytes: int, products: float) -> float:
+        """Seconds that a prompt's tokens attend to each other and to what is before them.
+
+        Args:
+            whole_bytes: as of `seconds`.
+            products: multiplications of all its tokens.
+        """
+        rate = self.prompt_attention
+        return products / (rate * self._used(whole_bytes)) if rate else 0.0
+
+    @property
+    def prompt_attention(self) -> float:
+        """Multiplications of a prompt's attention per second: measured, or else derived from `batch`."""
+        return self.attention.prompt or _PROMPT_ATTENTION * self.batch.f16 / _F16_BYTES
+
+    def token_attention_seconds(self, whole_bytes: int, products: float, cache_bytes: float) -> float:
+        """Seconds that one token attends to its context.
+
+        Args:
+            whole_bytes: as of `seconds`.
+            products: multiplications of the token.
+            cache_bytes: of keys and values that it reads, f16.
+        """
+        read = cache_bytes / self.full.f16 if self.full.f16 else 0.0
+        rate = self.attention.token or _TOKEN_ATTENTION * self.cached.f16 / _F16_BYTES * self.cores
+        return max(read, products / (rate * self._used(whole_bytes))) if rate else read
+
+    def _used(self, whole_bytes: int) -> float:
+        """The part of the threads that an engine has for a model: as many for prompts as for answers."""
+        return min(self.cores, 1 + whole_bytes // BYTES_PER_THREAD) / self.cores if self.cores else 1.0
 
     def _single(self, bits: float, size: float) -> float:
         """Rate of one thread over weights of `size` bytes: between cache and memory, by how much the cache can hold."""
@@ -294,6 +359,7 @@ class SplitLayout(msgspec.Struct, frozen=True, kw_only=True):
         micro_batch: tokens of a prompt that the host's engine has computed at once; 0: as many as usual
             (`placement.fit.batch_tokens`), or not known here.
         groups: engines of the host, each with an equal part of the slots, that share the weights.
+        groups_why: why that many, as a clause for people; empty elsewhere than on the host.
     """
 
     term: int
@@ -301,6 +367,7 @@ class SplitLayout(msgspec.Struct, frozen=True, kw_only=True):
     rpc_version: str = ""
     micro_batch: int = 0
     groups: int = 1
+    groups_why: str = ""
 
     @property
     def host(self) -> SplitShare:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.routing.ranking import RoutingSnapshot, Target
-from mesh_llm.core.types.ids import NodeId
+from mesh_llm.core.trust.corrections import TimedAnswer
+from mesh_llm.core.types.ids import NodeId, OwnerId
 
 _T = TypeVar("_T")
 
@@ -133,15 +134,23 @@ class PromptCaches(Protocol):
         ...
 
     async def begin(
-        self, model: str, term: int, prompt: Sequence[Mark], elsewhere: PromptElsewhere | None = None
+        self,
+        model: str,
+        term: int,
+        engine: str,
+        prompt: Sequence[Mark],
+        elsewhere: PromptElsewhere | None = None,
+        slot: int | None = None,
     ) -> PromptEnded:
-        """A prompt is about to be sent to a launch here. Takes seconds at most, and never raises.
+        """A prompt is about to be sent to an engine here. Takes seconds at most, and never raises.
 
         Args:
             model: of the launch.
             term: the launch's number.
+            engine: address of the engine, which may be one of several of the launch.
             prompt: its beginnings, shortest first; empty where it is not one that could go on.
             elsewhere: a node that got more of it; None: none is known.
+            slot: in which it will be read; None: the engine chooses.
         """
         ...
 
@@ -165,11 +174,13 @@ class LoadAsker(NamedTuple):
         peer: the node that asks this one to load it; None: a client of this node.
         anywhere: any node of the mesh may load it, not only this one.
         for_clients: it is for passive clients only.
+        circle: owners whose nodes may see the prompt that waits; None: all may.
     """
 
     peer: NodeId | None = None
     anywhere: bool = True
     for_clients: bool = False
+    circle: frozenset[OwnerId] | None = None
 
 
 class Traffic(Protocol):
@@ -179,19 +190,33 @@ class Traffic(Protocol):
         """A request was sent to a target."""
         ...
 
-    def finished(self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0) -> None:
+    def finished(
+        self, model: str, target: Target, *, ok: bool, tokens: int, seconds: float, guessed: int = 0, prompt: int = 0
+    ) -> None:
         """A request ended (`ok` False: the target failed it); `tokens` generated in `seconds` of generation.
 
-        `guessed`: tokens that the engine guessed ahead for it.
+        `guessed`: tokens that the engine guessed ahead for it; `prompt`: tokens of its prompt.
         """
         ...
 
-    def read(self, model: str, target: Target, tokens: int, seconds: float) -> None:
-        """After `finished`: the target read so many new tokens of the request's prompt in `seconds`."""
+    def read(self, model: str, target: Target, tokens: int, seconds: float, cached: int = 0) -> None:
+        """After `finished`: the target read so many new tokens of the request's prompt, after `cached` others."""
         ...
 
     def unreachable(self, model: str, target: Target, reason: str) -> None:
         """A target could not be reached, or died. The request is not at fault."""
+        ...
+
+    def refused_context(self, model: str, target: Target, tokens: int) -> None:
+        """A target refused a prompt of about so many tokens, or broke an answer off there. It announces more."""
+        ...
+
+    def took_prompt(self, model: str, target: Target, tokens: int) -> None:
+        """A target answered a prompt that is longer than its context is known to be here."""
+        ...
+
+    def timed(self, answer: TimedAnswer) -> None:
+        """Another node's answer was timed."""
         ...
 
     def wanted(self, model: str) -> None:

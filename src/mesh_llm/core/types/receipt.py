@@ -1,8 +1,9 @@
 """A receipt: which nodes got a prompt, which model answered, and who signed that.
 
 A client asks one node, and that node asks hosts: one after another where the first ones refuse or are lost. Each host
-signs a `Statement` about its own part. The asking node keeps a `Step` for each host, and signs the `Receipt` over all.
-The structs here are the one place where fields and limits are declared; `wire/mesh/receipts.py` encodes them.
+signs a `FirstPart` before its engine gets the prompt, and a `Statement` when its answer has ended. The asking node has
+a `Step` for each host, and signs the `Receipt` over all. The structs here are the one place where fields and limits are
+declared; `wire/mesh/receipts.py` encodes them.
 """
 
 from enum import IntEnum
@@ -12,16 +13,18 @@ import msgspec
 
 from mesh_llm.core.types.announcement import Count, Text
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import MAX_SPLIT_NODES
+from mesh_llm.core.types.model import LATER, MAX_SPLIT_NODES
 
 DIGEST_BYTES = 32
 CHALLENGE_BYTES = 16
 RECEIPT_ID_BYTES = 16
 MAX_STATEMENT = 5 * 1024
-"""Bytes of one encoded statement."""
+"""Bytes of one encoded statement, or of a first part."""
+MAX_FIRST = 64 + MAX_STATEMENT
+"""Bytes of a first part with the signature before it."""
 MAX_STEPS = 32
 """Most hosts that one answer may have had. An answer that had more gets no receipt."""
-MAX_RECEIPT = 256 * 1024
+MAX_RECEIPT = 400 * 1024
 """Bytes of one encoded receipt; MAX_STEPS steps with the longest statements and texts fit."""
 
 Digest: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
@@ -33,8 +36,32 @@ Nodes: TypeAlias = Annotated[tuple[NodeId, ...], msgspec.Meta(max_length=MAX_SPL
 Status: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=999)]
 
 
+class FirstPart(msgspec.Struct, frozen=True, kw_only=True):
+    """What a host signs before its engine gets the prompt: that it took it, and what it serves. All of it is its word.
+
+    It stands where the host ends without a `Statement`, as when it is killed. Fields as of `Statement`.
+    """
+
+    host: NodeId
+    asker: NodeId
+    challenge: Challenge
+    previous: MaybeDigest
+    request: Digest
+    model: Text
+    content: MaybeDigest
+    fingerprint: Text
+    quantisation: Text
+    context: Count
+    engine: Text
+    cache_type: Text
+    wire_type: Text
+    system_prompt: bool
+    workers: Nodes
+    began: Count
+
+
 class Statement(msgspec.Struct, frozen=True, kw_only=True):
-    """What a host signs about one request that it answered. All of it is the host's word.
+    """What a host signs about one request when its answer has ended. All of it is the host's word.
 
     Attributes:
         host: the node that signs.
@@ -54,7 +81,7 @@ class Statement(msgspec.Struct, frozen=True, kw_only=True):
         context: tokens that a request can use.
         engine: engine and build.
         cache_type: element type of the KV cache.
-        wire_type: element type of what travels between the nodes of a split; empty: not split, or unknown.
+        wire_type: how activations travel between the nodes of a split, as in `f16`; empty: not split, or unknown.
         system_prompt: the host put a system prompt of its own settings before the request, where it had none.
         workers: nodes that computed layers. Each sees activations.
         prompt_tokens: of the prompt, cached ones included.
@@ -118,6 +145,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         workers: nodes of its split group, as it had announced them.
         statement: what the host signed, encoded; empty: it signed nothing.
         signature: the host's, over `statement`.
+        first: the signature of the host's first part, and the first part, encoded; empty: none came, or the statement
+            says the same and the step needs no more.
     """
 
     node: NodeId
@@ -132,6 +161,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     workers: Nodes
     statement: Annotated[bytes, msgspec.Meta(max_length=MAX_STATEMENT)] = b""
     signature: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    first: Annotated[bytes, msgspec.Meta(max_length=MAX_FIRST), LATER] = b""
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,14 +6,14 @@ from mesh_llm.core.types.announcement import SCOPES, ListingPolicy, ListingScope
 from mesh_llm.runtime.home import Home, write_atomic
 
 _MAY = {
-    "client": "may ask your models for answers, so it uses your machines' time",
+    "client": "may ask your models for answers, within quotas (--stranger-limit), so it uses your machines' time",
     "serve": (
         "may ask your models, and may answer requests of this mesh itself: a stranger's machine can then be given, and"
         " read, the prompts that are asked here"
     ),
     "split": (
-        "may ask, answer, and share models with you: a stranger's machine can read prompts, and attack the memory of"
-        " machines that lend theirs"
+        "may ask, answer, and compute parts of models with you: a stranger's machine can read prompts, and attack the"
+        " memory of machines that lend theirs"
     ),
 }
 
@@ -34,6 +34,31 @@ def consent_text(publicity: ListingPolicy, relays: tuple[str, ...]) -> str:
     )
 
 
+_ALLOWED = {
+    "client": (
+        "Nodes that find the listing may only send requests (--publish-scope client). With --publish-scope serve their"
+        " machines could also be given, and read, prompts that are asked in this mesh, and answer anything."
+    ),
+    "serve": (
+        "--publish-scope serve: machines of anybody who finds the listing can be given, and read, prompts that are"
+        " asked in this mesh, and can answer anything. With --publish-scope client they may only send requests."
+    ),
+    "split": (
+        "--publish-scope split: machines of anybody who finds the listing can be given, and read, prompts that are"
+        " asked in this mesh, answer anything, and attack machines that lend memory. With --publish-scope client they"
+        " may only send requests."
+    ),
+}
+
+
+def scope_sentence(policy: ListingPolicy, before: ListingScope | None) -> str:
+    """What the scope of a listing allows. `before`: the widest scope to which the user of this home agreed earlier."""
+    text = _ALLOWED[policy.scope]
+    if policy.scope == "client" and before is not None and before != "client":
+        return f"{text} Earlier versions gave serve by default: to keep that, add --publish-scope serve."
+    return text
+
+
 class _Agreed(msgspec.Struct, frozen=True, kw_only=True):
     """The widest scope, and the relays, that the user agreed to. `scope` None: nothing yet."""
 
@@ -47,12 +72,13 @@ class PublicationConsent:
     def __init__(self, home: Home) -> None:
         self._home = home
 
+    def widest(self, relays: tuple[str, ...]) -> ListingScope | None:
+        """The widest scope to which the user agreed on any relay; None: to nothing yet."""
+        return self._agreed(relays).scope
+
     def covers(self, policy: ListingPolicy, relays: tuple[str, ...]) -> bool:
         """Whether the user has agreed to this listing on these relays."""
-        agreed = self._read()
-        if agreed is None:
-            # Before there was this file, a node told what becomes public when it made its Nostr key.
-            agreed = _Agreed(scope="serve", relays=relays) if self._home.nostr_key.exists() else _Agreed()
+        agreed = self._agreed(relays)
         if agreed.scope is None:
             return False
         return SCOPES.index(policy.scope) <= SCOPES.index(agreed.scope) and {*relays} <= {*agreed.relays}
@@ -68,6 +94,13 @@ class PublicationConsent:
         """Note that nothing was agreed to yet, if nothing is noted: a Nostr key that is made now is no consent."""
         if self._read() is None and not self._home.nostr_key.exists():
             self._write(_Agreed())
+
+    def _agreed(self, relays: tuple[str, ...]) -> _Agreed:
+        agreed = self._read()
+        if agreed is not None:
+            return agreed
+        # Before there was this file, a node told what becomes public when it made its Nostr key.
+        return _Agreed(scope="serve", relays=relays) if self._home.nostr_key.exists() else _Agreed()
 
     def _read(self) -> _Agreed | None:
         try:

@@ -27,7 +27,7 @@ from packaging.version import Version
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators.cards import Card
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
-from mesh_llm.engine.sources.embedded.backends import CUDA, ROCM, VULKAN
+from mesh_llm.engine.sources.embedded.loading import CUDA, ROCM, VULKAN
 
 VARIABLE = "MESH_LLM_ENGINE_INDEX"
 NO_INDEX = "none"

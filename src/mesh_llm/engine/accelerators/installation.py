@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.engine.accelerators import build, prebuilt, recipe, selftest, toolbox, wheel_archive
@@ -26,21 +26,21 @@ from mesh_llm.engine.installation import (
     build_directories,
     digest,
     look,
+    one_process,
     record_failure,
     record_part,
     remove_part,
     writable_directory,
 )
-from mesh_llm.engine.sources.embedded import backends, plugin
+from mesh_llm.engine.sources.embedded import backends, loading, plugin
 from mesh_llm.engine.sources.embedded.archive import (
     VERSION,
-    check_digest,
     find_archive,
     no_room,
     provide_archive,
     require_room,
 )
-from mesh_llm.engine.sources.embedded.backends import CUDA, KINDS, ROCM, VULKAN
+from mesh_llm.engine.sources.embedded.loading import CUDA, KINDS, ROCM, VULKAN
 from mesh_llm.runtime.process import usable_cpus
 
 AUTO, NONE = "auto", "none"
@@ -297,7 +297,7 @@ def _install_wheel(
     except OSError as error:
         raise no_room(directory) if error.errno == errno.ENOSPC else _unwritten(directory, error) from error
     # A plugin of this kind that was built earlier.
-    (directory / backends.library_name(wheel.kind)).unlink(missing_ok=True)
+    (directory / loading.library_name(wheel.kind)).unlink(missing_ok=True)
     prebuilt.clean(directory, wheel.kind, part.file)
     progress(Step(kind=wheel.kind, name="done", text=f"The prebuilt engine is ready: {part.tested}."))
     return part
@@ -324,11 +324,7 @@ def _install(
 
     if not build.is_interrupted(_work(directory, kind)):
         require_room(directory, steps.room)
-    if archive is None:
-        archive = provide_archive(cache, say)
-    else:
-        say("verify", f"Checking {archive.name}.")
-        check_digest(archive)
+    source = provide_archive(cache, say, archive)
     for name in wanted.examined.fetch:
         toolbox.provide(cache, name, say)
     examined = recipe.examine(kind, wanted.card, cache)
@@ -336,10 +332,10 @@ def _install(
         raise recipe.needs(kind, examined)
     log = directory / log_name(kind)
     work = _work(directory, kind)
-    built = build.build(steps, examined, archive, work, log, progress)
+    built = build.build(steps, examined, source, work, log, progress)
     part = Part(
         name=kind,
-        file=backends.library_name(kind),
+        file=loading.library_name(kind),
         sha256=digest(built),
         version=VERSION,
         how=", ".join(examined.notes),
@@ -450,17 +446,13 @@ def _locked(directory: Path) -> FileLock:
 @contextmanager
 def _one_at_a_time(wanted: Offer, directory: Path, progress: Progress) -> Generator[None]:
     """Builds take all processors and much memory: one at a time for all homes and environments of this user."""
-    lock = FileLock(_user_directory(directory) / "accelerator-build.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+
+    def waits() -> None:
         text = "Another mesh-llm on this machine builds a plugin: waiting for it."
         progress(Step(kind=wanted.kind, name="wait", text=text))
-        lock.acquire()
-    try:
+
+    with one_process(FileLock(_user_directory(directory) / "accelerator-build.lock"), waits):
         yield
-    finally:
-        lock.release()
 
 
 def _user_directory(other: Path) -> Path:

@@ -41,7 +41,7 @@ from mesh_llm.engine.installation import Part, digest
 from mesh_llm.engine.process import python_module, run
 from mesh_llm.engine.sources.embedded import plugin
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION, require_room
-from mesh_llm.engine.sources.embedded.backends import LOAD
+from mesh_llm.engine.sources.embedded.loading import LOAD
 from mesh_llm.engine.sources.embedded.probe_main import EmbeddedProbe
 from mesh_llm.engine.spec import DeviceKind
 from mesh_llm.runtime.transfer.fetch import Job, fetch

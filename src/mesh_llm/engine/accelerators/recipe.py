@@ -17,7 +17,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import compiler
 from mesh_llm.engine.accelerators import toolbox
 from mesh_llm.engine.accelerators.cards import Card, Vendor
-from mesh_llm.engine.sources.embedded.backends import CUDA, ROCM, VULKAN
+from mesh_llm.engine.sources.embedded.loading import CUDA, ROCM, VULKAN
 
 _GIB = 1 << 30
 _TRIAL_SECONDS = 120
@@ -33,7 +33,7 @@ class Recipe:
     """How one kind is built.
 
     Attributes:
-        kind: as in `backends.KINDS`.
+        kind: as in `loading.KINDS`.
         title: for people.
         target: of ggml's build.
         option: that switches it on.

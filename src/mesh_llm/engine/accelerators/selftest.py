@@ -15,7 +15,7 @@ import msgspec
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators.selftest_main import Operator, Text
 from mesh_llm.engine.process import Captured, python_module, run
-from mesh_llm.engine.sources.embedded.backends import LOAD
+from mesh_llm.engine.sources.embedded.loading import LOAD
 
 CODE = "accelerator_self_test_failed"
 NO_DEVICE = "accelerator_no_device"

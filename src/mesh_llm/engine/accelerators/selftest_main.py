@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from mesh_llm.engine.sources.embedded.backends import LOAD, parse_load, use
 from mesh_llm.engine.sources.embedded.ggml import Device, Ggml, GgmlError, wheel
+from mesh_llm.engine.sources.embedded.loading import LOAD, parse_load, use
 from mesh_llm.engine.sources.embedded.server_main import common_params
 from mesh_llm.engine.spec import CPU_DEVICE, DeviceInfo, DeviceKind, EngineSpec
 

@@ -90,6 +90,9 @@ def _members(archive: str, infos: Sequence[zipfile.ZipInfo]) -> dict[str, zipfil
         # The other ways are no wheel's, and their readers' errors look like those of a disk.
         if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
             raise wrong(archive, f"{name[:80]!r} is compressed as wheels are not")
+        # zipfile would seek there, and the system's error looks like one of a disk.
+        if info.header_offset < 0:
+            raise wrong(archive, f"{name[:80]!r} would begin before the file does")
         if name in found or len(parts) < 2:
             raise wrong(archive, f"it has {name[:80]!r} twice, or in a wrong place")
         total += info.file_size

@@ -38,6 +38,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         tokens: tokens in the state.
         size: bytes of the state.
         read_speed: tokens a second at which this prompt was read; 0: not measured.
+        move_speed: bytes a second from the machines of a split model, when it was saved; 0: it was on this one.
         model: the model's name, for people.
     """
 
@@ -46,6 +47,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     size: int
     read_speed: float = 0.0
+    move_speed: float = 0.0
     model: str = ""
 
     @property

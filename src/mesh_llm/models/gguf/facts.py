@@ -65,7 +65,8 @@ class Shape:
         if not 0 < self.layers <= _MAX_LAYERS:
             raise GgufError(f"it has {self.layers} layers, not 1 to {_MAX_LAYERS}")
         self.width = self.number("embedding_length")
-        self._cached_layers = max(0, self.layers - self.optional("nextn_predict_layers"))
+        self.layers_ahead = min(self.layers, self.optional("nextn_predict_layers"))
+        self._cached_layers = self.layers - self.layers_ahead
         self._heads = self._per_layer("attention.head_count", [0] * self.layers)
         self._kv_heads = self._per_layer("attention.head_count_kv", self._heads)
         head_size = self.width // max(1, *self._heads)
@@ -91,6 +92,10 @@ class Shape:
         """KV cache of one token, f16, of all layers that have one."""
         return sum(self._cache_row(layer) for layer in self._attention_layers())
 
+    def row_bytes_ahead(self) -> int:
+        """KV cache of one token, f16, of the layers that guess tokens ahead, which have it only while they do."""
+        return sum(self._cache_row(layer) for layer in range(self._cached_layers, self.layers))
+
     def plain_cache(self) -> CacheShape | None:
         """The cache's shape, where every layer attends to the whole context and nothing else is kept; else None."""
         plain = self.architecture in _PLAIN and not (self._window or self._is_mla or self._recurrent_layers())
@@ -109,7 +114,7 @@ class Shape:
         return count * self._state_numbers() * _F32_BYTES if count else 0
 
     def layer_facts(self, headers: Sequence[GgufHeader]) -> tuple[LayerFacts, ...]:
-        """Weights, cache and state of each layer."""
+        """Weights, cache, state and attention of each layer."""
         weights, experts = [0] * self.layers, [0] * self.layers
         for tensor in _tensors(headers):
             match = _LAYER.match(tensor.name)
@@ -117,6 +122,7 @@ class Shape:
                 weights[int(match[1])] += tensor.size
                 experts[int(match[1])] += tensor.size if _MOVED_EXPERTS.search(tensor.name) else 0
         cached, recurrent = set(self._attention_layers()), set(self._recurrent_layers())
+        attending = self._attending_layers()
         state = self._state_numbers() * _F32_BYTES if recurrent else 0
         return tuple(
             LayerFacts(
@@ -125,6 +131,7 @@ class Shape:
                 row=self._cache_row(layer) if layer in cached else 0,
                 windowed=layer in self._windowed,
                 state=state if layer in recurrent else 0,
+                products=self._products(layer) if layer in attending else 0,
             )
             for layer in range(self.layers)
         )
@@ -174,15 +181,30 @@ class Shape:
             raise GgufError(f"its {self.architecture}.{key} has {array.count} entries for {self.layers} layers")
         return [self._bounded(key, value) if isinstance(value, int) else 0 for value in values[: self.layers]]
 
+    def _head_sizes(self, layer: int) -> tuple[int, int]:
+        """Elements of a head's key, and of its value."""
+        if layer not in self._windowed:
+            return self._key, self._value
+        key, value = self.optional("attention.key_length_swa"), self.optional("attention.value_length_swa")
+        return key or self._key, value or self._value
+
     def _cache_row(self, layer: int) -> int:
-        key, value = self._key, self._value
-        if layer in self._windowed:
-            key = self.optional("attention.key_length_swa") or key
-            value = self.optional("attention.value_length_swa") or value
+        key, value = self._head_sizes(layer)
         if self._is_mla:
             # Keys and values are one compressed row.
             value = 0
         return self._kv_heads[layer] * (key + value) * _F16_BYTES
+
+    def _products(self, layer: int) -> int:
+        """Multiplications of a token's attention for each token of its context."""
+        return self._heads[layer] * sum(self._head_sizes(layer))
+
+    def _attending_layers(self) -> frozenset[int]:
+        """The layers with attention over a context, also where its keys and values are another layer's."""
+        if self.architecture in _NO_CACHE or self.architecture in _RECURRENT:
+            return frozenset()
+        recurrent = () if self.architecture in _RECURRENT_AND_ATTENTION else self._recurrent_layers()
+        return frozenset(range(self._cached_layers)).difference(recurrent)
 
     def _attention_layers(self) -> list[int]:
         if self.architecture in _NO_CACHE or self.architecture in _RECURRENT:
@@ -239,6 +261,13 @@ class Shape:
 _LAYER = re.compile(r"blk\.(\d{1,4})\.")
 _MOVED_EXPERTS = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps")
 """The tensors that llama.cpp's `--n-cpu-moe` keeps in main memory (common/common.h, `LLM_FFN_EXPS_REGEX`)."""
+_HEAD = re.compile(r"\.nextn\.eh_proj\.")
+MTP_ARCHITECTURES = frozenset({
+    "bailingmoe3", "cohere2moe", "deepseek2", "deepseek32", "deepseek4", "glm-dsa", "glm4moe", "glm5-next", "hy_v3",
+    "mimo2", "nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next", "qwen4exp", "step35",
+})  # fmt: skip
+"""Architectures whose own heads the pinned engine can run: those with a `graph_mtp` in llama.cpp, src/models. It ends
+its process where others are asked to guess."""
 _INPUTS = re.compile(r"(token_embd|per_layer_token_embd|position_embd|token_types|token_embd_norm)\.")
 _FLASH_HEADS = frozenset({64, 128, 256})
 """Head sizes with vector kernels for quantised caches in each backend (ggml-cuda/fattn.cu; the others take more)."""
@@ -262,6 +291,15 @@ def active_bytes(headers: Sequence[GgufHeader], shape: Shape) -> int:
     layers = (tensor for tensor in _tensors(headers) if tensor.name not in _NOT_LAYERS)
     read = sum(tensor.size * (part if _EXPERTS in tensor.name else 1.0) for tensor in layers)
     return int(read) + head_bytes(headers)
+
+
+def mtp_layers(headers: Sequence[GgufHeader], shape: Shape) -> int:
+    """Layers that guess tokens ahead (MTP), if they are in the file, and the pinned engine has code for them.
+
+    Many files name such layers and do not have them: whoever made the file left them out.
+    """
+    there = any(_HEAD.search(tensor.name) for tensor in _tensors(headers))
+    return shape.layers_ahead if there and shape.architecture in MTP_ARCHITECTURES else 0
 
 
 def weight_bits(headers: Sequence[GgufHeader]) -> float:
@@ -321,6 +359,7 @@ def read_facts(headers: Sequence[GgufHeader], name: str, source: str = "") -> Mo
     if not any(header.tensors for header in headers):
         raise GgufError("it holds no tensors")
     window, window_bytes = shape.window()
+    ahead = mtp_layers(headers, shape)
     return ModelFacts(
         name=ModelName(name),
         kind=kind,
@@ -341,6 +380,8 @@ def read_facts(headers: Sequence[GgufHeader], name: str, source: str = "") -> Mo
         layer_facts=shape.layer_facts(headers),
         input_bytes=sum(tensor.size for tensor in _tensors(headers) if _INPUTS.match(tensor.name)),
         largest_bytes=max((one.size for one in _tensors(headers) if _LAYER.match(one.name)), default=0),
+        mtp_layers=ahead,
+        mtp_row=shape.row_bytes_ahead() if ahead else 0,
         quantises=shape.quantises,
         architecture=shape.architecture,
         pooling=_pooling(first) if kind in {ModelKind.EMBEDDING, ModelKind.RERANK} else "",

@@ -157,19 +157,10 @@ def find_draft(model: LocalModel, library: Library, pairs: Mapping[str, str] = B
     return DraftChoice(None, refused or f"there is no small model with the vocabulary of {model.name}")
 
 
-def has_own_heads(path: Path) -> bool:
-    """Whether the (first) file of a model has heads of its own that guess tokens ahead (MTP). Blocks."""
-    try:
-        header = read_header(path)
-    except (GgufError, OSError):
-        return False
-    return bool(header.integer(f"{header.text('general.architecture')}.nextn_predict_layers"))
-
-
 def require_draft(model: LocalModel, draft: LocalModel) -> None:
     """Check the draft that the user chose. Raises MeshError `draft_mismatch`."""
     try:
-        unfit = mismatch(read_vocabulary(model.path), draft)
+        unfit = mismatch(read_vocabulary(model.path), draft) or _made_for_another(model, draft)
     except (GgufError, OSError) as error:
         unfit = f"{model.name} cannot be read: {_reason(error)}"
     if unfit is not None:
@@ -179,6 +170,37 @@ def require_draft(model: LocalModel, draft: LocalModel) -> None:
             hint="Use a smaller model of the same family; or leave --draft out, and one that fits is chosen.",
             status=400,
         )
+
+
+_READS_LAYERS = frozenset({"eagle3", "dflash"})
+_GIVES_LAYERS = frozenset({
+    "bailingmoe3", "deepseek4", "gemma4", "gpt-oss", "hunyuan-dense", "hunyuan_vl", "k2-horizon", "lfm2", "lfm2moe",
+    "llama", "mimo2", "minimax-01", "minimax-m2", "muse-glimmer", "nanbeige", "nemotron_h", "nemotron_h_moe", "qwen3",
+    "qwen35", "qwen35moe", "qwen3moe", "qwen3next", "qwen4exp",
+})  # fmt: skip
+"""Architectures whose layers' inputs the pinned engine gives a draft: `t_layer_inp` in llama.cpp, src/models. Seen with
+another one: it starts, and ends at the first request."""
+
+
+def _made_for_another(model: LocalModel, draft: LocalModel) -> str | None:
+    """Why a draft cannot read this model's hidden states, as a clause; None if it can, or reads none.
+
+    llama.cpp does not check it: its process would end. Source: src/models/eagle3.cpp, common/speculative.cpp.
+    """
+    kind = draft.facts.architecture
+    if kind not in DRAFT_KINDS:
+        return None
+    if kind in _READS_LAYERS and model.facts.architecture not in _GIVES_LAYERS:
+        return f"the engine gives no hidden states of {model.facts.architecture} models"
+    header, width = read_header(draft.path), model.facts.embedding_length
+    reads = header.integer(f"{kind}.target_hidden_size")
+    if reads is not None and reads != width:
+        return f"it reads hidden states of {reads} numbers, and those of {model.name} have {width}"
+    layers = header.array(f"{kind}.target_layers")
+    last = max((layer for layer in (layers.values or () if layers else ()) if isinstance(layer, int)), default=0)
+    if last > model.facts.layers:
+        return f"it reads layer {last}, and {model.name} has {model.facts.layers}"
+    return None
 
 
 def mismatch(vocabulary: Vocabulary, draft: LocalModel) -> str | None:

@@ -34,7 +34,7 @@ from mesh_llm.runtime.home import expand, write_atomic
 BUILTIN_NAMES = ("tiny", "tiny-draft")
 BEING_WRITTEN = "it is still being written"
 _OFFERED = frozenset({ModelKind.CHAT, ModelKind.EMBEDDING, ModelKind.RERANK})
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 _MOST_CACHED = 10_000
 _WORDS = re.compile(r"[-_.\s]+")
 _QUANT = re.compile(r"(i?q\d.*|[km]|[sml]|xs|xxs|nl|\d|b?f\d+|fp\d+|mxfp4|ud)", re.IGNORECASE)

@@ -1,12 +1,11 @@
 """What a user means by a model: a path, a name on this machine, a source or a catalogue name."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound, match
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import MeshError, listed
 from mesh_llm.models.hub.cache import CachedRepository, hub_cache_directory
 from mesh_llm.models.hub.catalog import CatalogEntry, find_entry
 from mesh_llm.models.hub.source_ref import RemoteModel, RepositoryFile, SourceRef, choose, is_source, parse_source
@@ -31,6 +30,9 @@ def resolve(spec: str, library: Library, cache: FactsCache | None = None) -> Loc
     Raises:
         MeshError: `model_not_found`, `model_ambiguous`, `model_invalid` or `model_incomplete`.
     """
+    if not spec.strip():
+        message = "The name of the model is empty."
+        raise MeshError("model_not_found", message, "mesh-llm models list shows the names.", 404)
     if looks_like_path(spec):
         return _from_path(_expanded(spec), spec, cache or FactsCache())
     everything = {**library.drafts, **library.models}
@@ -50,15 +52,15 @@ def resolve(spec: str, library: Library, cache: FactsCache | None = None) -> Loc
 def _from_path(path: Path, spec: str, cache: FactsCache) -> LocalModel:
     if path.is_dir():
         inside = [presentable(file.relative_to(path)) for file in find_files(path)]
-        listed = f"Use one of its files: {_list(inside)}." if inside else "There is no GGUF file in it."
-        hint = f"{listed} To serve all models of a directory: --models-dir {presentable(spec)}"
+        choice = f"Use one of its files: {listed(inside, _SHOWN)}." if inside else "There is no GGUF file in it."
+        hint = f"{choice} To serve all models of a directory: --models-dir {presentable(spec)}"
         message = f"{presentable(spec)} is a directory, not a model."
         raise MeshError(code="model_invalid", message=message, hint=hint, status=400)
     if not path.exists():
         beside = [presentable(file.name) for file in find_files(path.parent) if file.parent == path.parent]
-        hint = (
-            f"Its directory holds {_list(beside)}." if beside else "Check the path. The name of a model has no slash."
-        )
+        hint = "Check the path. The name of a model has no slash."
+        if beside:
+            hint = f"Its directory holds {listed(beside, _SHOWN)}."
         raise MeshError(code="model_not_found", message=f"There is no file {presentable(spec)}.", hint=hint, status=404)
     files = siblings(path.absolute())
     problem = name_problem(files)
@@ -84,7 +86,7 @@ def _not_found(spec: str, library: Library) -> MeshError:
     if spec.casefold() in BUILTIN_NAMES:
         require_builtin(spec.casefold())
     names = list(library.models)
-    hint = f"Models here: {_list(names)}." if names else "There are no models yet."
+    hint = f"Models here: {listed(names, _SHOWN)}." if names else "There are no models yet."
     return MeshError(
         code="model_not_found",
         message=f"No model called {presentable(spec)} is on this machine.",
@@ -99,11 +101,6 @@ def _unusable(what: str, reason: str, *, incomplete: bool) -> MeshError:
         return MeshError(code="model_incomplete", message=f"{what} is incomplete: {reason}.", hint=hint, status=400)
     hint = "Use a GGUF file that llama.cpp can load."
     return MeshError(code="model_invalid", message=f"{what} cannot be used: {reason}.", hint=hint, status=400)
-
-
-def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def _expanded(spec: str) -> Path:

@@ -112,8 +112,11 @@ class Seeder:
         self._digested: dict[Path, int] = {}
         self._one_at_a_time = asyncio.Lock()
 
-    async def serve(self, stream: BulkStream, peer: NodeId, parameters: bytes) -> None:
-        """Answer the requests of one stream until it ends. Raises ConnectionError."""
+    async def serve(self, stream: BulkStream, peer: NodeId, parameters: bytes, refusal: str = "") -> None:
+        """Answer the requests of one stream until it ends. Raises ConnectionError.
+
+        `refusal`: why this node gets nothing, as a clause; empty: it gets files.
+        """
         asked = decode_model_parameters(parameters)
         if isinstance(asked, Malformed):
             stream.abort()
@@ -126,6 +129,8 @@ class Seeder:
                 stream.abort()
                 return
             try:
+                if refusal:
+                    raise _RefusedError(refusal)
                 # Looked up for each request: the model may have been removed meanwhile.
                 model = self._find(asked.name, asked.fingerprint)
                 if model is None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Self, TypeVar
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.ports import BulkStream
+from mesh_llm.core.types.ports import BulkStream, TransportSilentError
 from mesh_llm.models.p2p.digests import ChunkDigests
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
 from mesh_llm.wire.codec import Malformed, encode
@@ -37,12 +37,17 @@ OpenModel = Callable[[NodeId, bytes], Awaitable[BulkStream]]
 
 
 class SeederError(Exception):
-    """A seeder cannot be used any more. `liar`: it sent something else than it had announced."""
+    """A seeder cannot be used any more.
 
-    def __init__(self, reason: str, *, liar: bool = False) -> None:
+    `liar`: it sent something else than it had announced. `silent`: only one transport to it is silent, and a new stream
+    takes another one.
+    """
+
+    def __init__(self, reason: str, *, liar: bool = False, silent: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.liar = liar
+        self.silent = silent
 
 
 class SeederClient:
@@ -139,7 +144,7 @@ class SeederClient:
         except TimeoutError:
             raise SeederError(f"nothing came for {self._silence:.0f} s") from None
         except ConnectionError as error:
-            raise SeederError(str(error)) from None
+            raise SeederError(str(error), silent=isinstance(error, TransportSilentError)) from None
 
 
 class Swarm:
@@ -228,21 +233,30 @@ class Swarm:
             seeder.close()
 
     async def _ask(self, node: NodeId) -> None:
-        seeder: SeederClient | None = None
         try:
             async with self._slots:
-                seeder = await SeederClient.open(node, self._asked, self._open_model, self._silence)
-                offer = await seeder.offer(self._prepared)
-            self._check(offer)
-            self._offers[node] = (seeder, offer)
-            seeder = None
+                try:
+                    await self._ask_once(node)
+                except SeederError as failure:
+                    if not failure.silent:
+                        raise
+                    # It has not seen the question.
+                    await self._ask_once(node)
         except SeederError as failure:
             self._note(node, failure)
         finally:
-            if seeder is not None:
-                seeder.close()
             self._pending -= 1
             self._changed.set()
+
+    async def _ask_once(self, node: NodeId) -> None:
+        seeder = await SeederClient.open(node, self._asked, self._open_model, self._silence)
+        try:
+            offer = await seeder.offer(self._prepared)
+            self._check(offer)
+        except BaseException:
+            seeder.close()
+            raise
+        self._offers[node] = (seeder, offer)
 
     def _prepared(self, done: int, total: int) -> None:
         self._preparing(done, total)

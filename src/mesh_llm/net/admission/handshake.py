@@ -20,7 +20,7 @@ from mesh_llm.net.admission.approvals import ApprovalBook, Requester
 from mesh_llm.net.admission.credentials import Credentials
 from mesh_llm.net.admission.invites import InviteBook
 from mesh_llm.net.admission.revocations import RevocationList
-from mesh_llm.net.limits import AdmissionRateLimit, NetLimits
+from mesh_llm.net.limits import AdmissionRateLimit, NetLimits, source_key
 from mesh_llm.net.quic.bindings import close_reason, reason_of
 from mesh_llm.net.quic.connection import Peer
 from mesh_llm.net.quic.streams import IrohStream, exchange_frames
@@ -463,8 +463,11 @@ class AdmissionServer:
         self._rate_limit = rate_limit
         self._limits = limits
 
-    async def receive(self, incoming: iroh.Incoming, scope: TaskScope) -> tuple[iroh.Connection, Peer] | None:
-        """Take an incoming connection through admission; None: it was refused and closed."""
+    async def receive(self, incoming: iroh.Incoming, scope: TaskScope) -> tuple[iroh.Connection, Peer, str] | None:
+        """Take an incoming connection through admission: who it is, and its source (`source_key`).
+
+        None: it was refused and closed.
+        """
         source = _address(await incoming.remote_addr())
         if not self._rate_limit.enter(source, time.monotonic()):
             await incoming.refuse()
@@ -474,7 +477,7 @@ class AdmissionServer:
             async with asyncio.timeout(self._limits.admission_timeout):
                 admitted = await self._admit(incoming, scope, source)
             refused = admitted is None
-            return admitted
+            return None if admitted is None else (*admitted, source_key(source))
         except (TimeoutError, ConnectionError, iroh.IrohError) as error:
             reason = reason_of(error) if isinstance(error, iroh.IrohError) else str(error) or "too slow"
             _log.debug("not admitted", source=source, reason=reason)
@@ -494,8 +497,8 @@ class AdmissionServer:
             connection.set_max_concurrent_bi_streams(self._limits.streams_before_admission)
             connection.set_max_concurrent_uni_streams(0)
             node = remote_node(connection)
-            if self._rate_limit.banned(node, time.monotonic()):
-                connection.close(int(CloseCode.REFUSED), b"it broke the protocol a moment ago")
+            if (ban := self._rate_limit.banned(node, time.monotonic())) is not None:
+                connection.close(int(CloseCode.REFUSED), ban.reason.encode())
                 return None
             for _ in range(self._limits.admission_tries):
                 stream = IrohStream(await connection.accept_bi(), scope)

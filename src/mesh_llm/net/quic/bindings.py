@@ -10,6 +10,7 @@ nothing with any other release; `tests/integration/test_net_fastpath.py` fails w
 import asyncio
 import ctypes
 import itertools
+import os
 import re
 import struct
 import threading
@@ -53,6 +54,9 @@ def install() -> bool:
     global _installed  # noqa: PLW0603 - a patch of a module is process-wide by nature
     if _installed:
         return True
+    # With RUST_BACKTRACE, as developers set it, the library would keep a stack for its errors, which nobody sees. The
+    # first one reads the debug symbols of all libraries: 60 MB that stay. Panics keep their stacks.
+    os.environ.setdefault("RUST_LIB_BACKTRACE", "0")
     found = version("iroh")
     if found != WRITTEN_FOR:
         _log.warning("iroh runs without fast paths: streams will be slow", found=found, written_for=WRITTEN_FOR)

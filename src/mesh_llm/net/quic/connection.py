@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 import iroh
 import structlog
 
+from mesh_llm.core.trust.strangers import RELAY
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.net.limits import NetLimits
+from mesh_llm.net.limits import NetLimits, source_key
 from mesh_llm.net.quic.bindings import close_reason, stream_failure
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.streams import PeerStream
@@ -214,6 +215,8 @@ class PeerConnection:
         self.busy = 0
         """Open streams of both directions, without those that last as long as the connection."""
         self.raw = raw
+        self.came_from = RELAY
+        """Where the peer dialled from, as `source_key` names it; RELAY also for one that this side dialled."""
         self._rtt, self._rtt_read = 0.0, float("-inf")
         self._dispatcher = dispatcher
         self._limits = limits
@@ -337,6 +340,14 @@ class PeerConnection:
         if not paths:
             return "an unknown address"
         return "a relay" if paths[0].is_relay else paths[0].remote_addr
+
+    @property
+    def source(self) -> str:
+        """What counts as one source: where the peer dialled from. Its paths change, and it has several addresses."""
+        if self.came_from == RELAY:
+            # It may have become direct since.
+            self.came_from = source_key(self.address)
+        return self.came_from
 
     @property
     def direct_hosts(self) -> tuple[str, ...]:

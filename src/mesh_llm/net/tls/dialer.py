@@ -28,7 +28,9 @@ from mesh_llm.wire.mesh.frames import ACKNOWLEDGED, ResetCode, StreamType, encod
 from mesh_llm.wire.mesh.transport import (
     ADMITTED,
     MAX_SILENT,
+    MAX_TICKETS,
     MAX_TRANSPORT_FRAME,
+    TICKET_SECONDS,
     TransportOffer,
     TransportRequest,
     connection_name,
@@ -36,10 +38,12 @@ from mesh_llm.wire.mesh.transport import (
 )
 
 MAX_CONNECTIONS_TO_PEER = 96
-MAX_DIALS_TO_PEER = 8
+MAX_DIALS_TO_PEER = 16
 """TLS handshakes with one peer at once: each takes some 2 ms of both nodes' event loops."""
 DIALS_AHEAD = 4
-"""Of these, those for streams to come: requests that are answered meanwhile must not wait long."""
+"""Of these, those for streams to come, if the peer is near: requests that are answered meanwhile must not wait long."""
+_SECONDS_FOR_DIAL = 0.004
+"""Over so many seconds of round trip one more is under way: most of its time it waits."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 60.0
 """Seconds before TCP is tried again after it failed; doubled by each failure in a row. A try delays no request."""
 _UNKNOWN_PAUSE = 600.0
@@ -50,6 +54,8 @@ _DOUBT_SECONDS, _DOUBT_ROUND_TRIPS = 0.25, 4
 packet again after 200 ms and two round trips."""
 _GRACE_SECONDS = 0.1
 """How much later than the answer over QUIC that over TLS may come: it was asked for before."""
+_TICKET_SHOWN_SECONDS = TICKET_SECONDS / 2
+"""How long after it was asked for a ticket is shown: it must reach the peer while it is good."""
 _SLOWER_PAUSE = 15.0
 """One measurement may have been taken in a bad moment."""
 _TCP_INFO_BYTES, _TCPI_MIN_RTT = 152, 148
@@ -79,6 +85,10 @@ class _Link:
     """The TLS connections to one peer.
 
     Attributes:
+        offer: the peer's last one.
+        asked_ms: how long it took to ask for it over QUIC.
+        tickets: those of it that were not shown, with the time until which they are shown.
+        asking: held while the peer is asked for an offer.
         idle: those that carry no stream, least recently used first, with the time since when.
         open: all.
         dialing: dials under way.
@@ -93,6 +103,10 @@ class _Link:
         sweep: closes idle connections when they are old.
     """
 
+    offer: TransportOffer | None = None
+    asked_ms: float = 0.0
+    tickets: list[tuple[bytes, float]] = field(default_factory=list[tuple[bytes, float]])
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
     idle: dict[TlsConnection, float] = field(default_factory=dict[TlsConnection, float])
     open: set[TlsConnection] = field(default_factory=set[TlsConnection])
     dialing: int = 0
@@ -219,7 +233,7 @@ class TlsDialer:
 
     def _may_dial_ahead(self, connection: PeerConnection, link: _Link) -> bool:
         return (
-            link.dialing < DIALS_AHEAD
+            link.dialing < DIALS_AHEAD + int(connection.round_trip / _SECONDS_FOR_DIAL)
             and len(link.open) + link.dialing < link.wanted
             and self._may_dial(connection, link)
         )
@@ -239,8 +253,8 @@ class TlsDialer:
         began = self._clock()
         try:
             async with asyncio.timeout(self._limits.direct_timeout):
-                offer = await self._ask(connection)
-                carrier, round_trip_ms = await self._connect(connection.direct_hosts, offer)
+                offer, ticket = await self._ticket(connection, link)
+                carrier, round_trip_ms = await self._connect(connection.direct_hosts, offer, ticket)
         except StreamResetError as error:
             unknown = error.code == ResetCode.UNKNOWN_TYPE
             reason = "the other node speaks QUIC only" if unknown else error_text(error)
@@ -259,7 +273,8 @@ class TlsDialer:
             carrier.close()
             return None
         quic = connection.sample()
-        if quic is not None and _slower(round_trip_ms, quic.rtt_ms):
+        # QUIC's figure is a mean, which lags behind where the way became longer: the last question shows it.
+        if quic is not None and _slower(round_trip_ms, max(quic.rtt_ms, link.asked_ms)):
             carrier.close()
             slower = f"its round trip over TCP is {round_trip_ms:.0f} ms, over QUIC {quic.rtt_ms:.0f} ms"
             self._failed(connection, link, slower, began, _SLOWER_PAUSE)
@@ -271,11 +286,27 @@ class TlsDialer:
         carrier.on_doubt = lambda stream: self._doubt(connection, link, stream)
         return carrier
 
-    async def _ask(self, connection: PeerConnection) -> TransportOffer:
-        """Get an offer with one ticket over QUIC. Raises ConnectionError."""
+    async def _ticket(self, connection: PeerConnection, link: _Link) -> tuple[TransportOffer, bytes]:
+        """An offer, and a ticket for it. Dials that begin together share one question. Raises ConnectionError."""
+        async with link.asking:
+            while link.tickets:
+                ticket, until = link.tickets.pop()
+                if link.offer is not None and self._clock() < until:
+                    return link.offer, ticket
+            lacking = link.wanted - len(link.open)
+            until = self._clock() + _TICKET_SHOWN_SECONDS
+            asked = self._clock()
+            link.offer = await self._ask(connection, max(1, min(MAX_TICKETS, lacking)))
+            link.asked_ms = (self._clock() - asked) * 1000
+            first, *rest = link.offer.tickets
+            link.tickets = [(ticket, until) for ticket in rest]
+            return link.offer, first
+
+    async def _ask(self, connection: PeerConnection, tickets: int) -> TransportOffer:
+        """Get an offer with so many tickets over QUIC, or fewer, but one. Raises ConnectionError."""
         stream = await connection.open(StreamType.TRANSPORT)
         try:
-            offer = await _offer(stream, TransportRequest(1))
+            offer = await _offer(stream, TransportRequest(tickets))
             await stream.finish()
         finally:
             stream.abort()
@@ -285,7 +316,9 @@ class TlsDialer:
             raise ConnectionError("the other node has no ticket left")
         return offer
 
-    async def _connect(self, hosts: tuple[str, ...], offer: TransportOffer) -> tuple[TlsConnection, float]:
+    async def _connect(
+        self, hosts: tuple[str, ...], offer: TransportOffer, ticket: bytes
+    ) -> tuple[TlsConnection, float]:
         """Connect by the offer; returns the connection and the ticket's round trip in ms. Raises OSError.
 
         The first host that answers gets the ticket: the path in use may let QUIC through and not TCP.
@@ -297,8 +330,8 @@ class TlsDialer:
         loop, carrier = asyncio.get_running_loop(), greeting.carrier
         try:
             sent = loop.time()
-            carrier.name = connection_name(offer.tickets[0])
-            carrier.write(offer.tickets[0])
+            carrier.name = connection_name(ticket)
+            carrier.write(ticket)
             if await greeting.answered != ADMITTED:
                 raise ConnectionError("the ticket was not taken")
             return carrier, _kernel_round_trip(carrier.transport) or (loop.time() - sent) * 1000
@@ -364,6 +397,7 @@ class TlsDialer:
     def _failed(self, connection: PeerConnection, link: _Link, reason: str, began: float, pause: float = 0.0) -> None:
         """TCP failed in what began then; `pause`: seconds at least until it is tried again."""
         link.reason = reason
+        link.tickets.clear()
         if link.pause and began <= link.failed_at:
             # It was under way when another one failed: that is one failure.
             return

@@ -1,6 +1,7 @@
 """The listening side: hands out tickets over QUIC, takes connections for them, and serves the streams on these."""
 
 import asyncio
+import errno
 import hashlib
 import os
 import socket
@@ -150,6 +151,8 @@ class TlsListener:
         self.refused: Counter[str] = Counter()
         """Refused connections, by reason; for metrics."""
         self.reason = "this node does not listen yet"
+        self.taken = 0
+        """The port that the user chose, if another program has its TCP half."""
         """Why there is no port, as a clause; empty where there is one."""
         self._dispatcher = dispatcher
         self._find = find
@@ -185,6 +188,8 @@ class TlsListener:
                 listening = _bind(family, _place(host, family), ports[number], fixed=fixed)
             except OSError as error:
                 self.reason = f"TCP port {ports[number]} cannot be used: {error_text(error)}"
+                if fixed and error.errno == errno.EADDRINUSE:
+                    self.taken = ports[number]
                 _log.info("no TLS port", port=ports[number], reason=error_text(error))
                 continue
             bound[number] = listening.getsockname()[1]

@@ -1,4 +1,7 @@
-"""Packs what the engine sets in a worker's tensors: inputs such as masks, activations, and heads, which come again."""
+"""Packs what the engine sets in a worker's tensors: inputs such as masks, activations, and heads, which come again.
+
+`LinkFormats` says in which format activations travel: what the host wants, where both ends of the way know it.
+"""
 
 import asyncio
 from collections import OrderedDict
@@ -7,7 +10,7 @@ from collections.abc import AsyncIterator
 from blake3 import blake3
 
 from mesh_llm.split.activations import pack_activations
-from mesh_llm.wire.ggml_rpc.activations import Format
+from mesh_llm.wire.ggml_rpc.activations import Bytes, Format, WireFormats, knows
 from mesh_llm.wire.ggml_rpc.packing import (
     MAX_SET_DATA,
     SMALL_DATA,
@@ -88,3 +91,36 @@ class SetPacker:
         head = bytes(payload[:SET_TENSOR_HEAD])
         number, known = self._heads.number(head)
         return PackedSet(number, b"" if known else head, size, data, compressed)
+
+
+class LinkFormats:
+    """Of one engine's session. Workers are named by numbers; what a worker knows is in the answer that opens a session.
+
+    Attributes:
+        wanted: at this moment. Every message says its format, so it may change at any time.
+    """
+
+    def __init__(self, wanted: WireFormats) -> None:
+        self.wanted = wanted
+        self._known: dict[int, int] = {}
+
+    def knows(self, worker: int, formats: int) -> None:
+        """A worker reads and writes these formats."""
+        self._known[worker] = formats
+
+    def between_host_and(self, worker: int, tensor: Bytes) -> Format:
+        """The format for a tensor (296 bytes) between the host and a worker."""
+        wanted = self.wanted.of(tensor)
+        return wanted if knows(self._known.get(worker, 0), wanted) else Format.F32
+
+    def between(self, source: int, target: int, tensor: Bytes) -> Format:
+        """The format for a tensor from worker to worker."""
+        wanted = self.between_host_and(source, tensor)
+        return wanted if knows(self._known.get(target, 0), wanted) else Format.F32
+
+    @property
+    def unable(self) -> frozenset[int]:
+        """The workers that do not know all that is wanted: to them and from them it is F32."""
+        return frozenset(
+            worker for worker, known in self._known.items() if not all(knows(known, kind) for kind in self.wanted)
+        )

@@ -18,10 +18,9 @@ from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.network import UNIX, TcpStream, is_other_users
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.framing import ControlStream
-from mesh_llm.split.host.packing import CompressedData
+from mesh_llm.split.host.packing import CompressedData, LinkFormats
 from mesh_llm.split.host.transfers import DirectTransfers, HandleLeakedError
 from mesh_llm.split.host.tunnel import HostTunnel, Pace, WorkerContext, unlimited
-from mesh_llm.split.host.wire_formats import LinkFormats
 from mesh_llm.split.host.worker_info import (
     AllocationSizes,
     PairState,

@@ -7,9 +7,9 @@ back in the learned SET, the host sends PUSH to the one worker and WAIT to the o
 
 Each batch of a prompt has a graph of its own, since more tokens came before it; but which device needs a tensor follows
 from the operators, and from where the weights are (llama.cpp, ggml_backend_sched_split_graph), not from lengths. So a
-copy that two different graphs of one structure made (`wire.ggml_rpc.tensors.GraphStructure`) is expected of the third:
-the same tensor, by a name that is unique in the graph, to the same connection. WAIT names the place that the engine's
-SET names, so the tensor cannot arrive in another one.
+copy that one graph made is expected of all others of its structure (`wire.ggml_rpc.tensors.GraphStructure`): the same
+tensor, by a name that is unique in the graph, to the same connection. So only the first batch of the first prompt waits
+for its copies. WAIT names the place that the engine's SET names, so the tensor cannot arrive in another one.
 
 A handle has the tensor's size and begins with 32 bytes that nobody can guess. While one is out, no answer of a worker
 reaches the engine, so no token can be made from a handle. If one turns up in another place, or does not come back, the
@@ -33,8 +33,6 @@ _MAGIC_BYTES = 8
 _HEAD_BYTES = _MAGIC_BYTES + 8 + TAG_BYTES
 _MAX_GRAPHS = 4096
 _MAX_STRUCTURES = 256
-_ENOUGH = 2
-"""Different graphs that must have made a copy before it is expected of others of their structure."""
 
 _MANY_ROWS = 32
 _MAX_ANSWERS = 2
@@ -110,14 +108,6 @@ class CopyTarget:
     name: bytes
 
 
-@dataclass(slots=True)
-class _Evidence:
-    """Where the copies of one pattern went, and the graphs that made them."""
-
-    target: CopyTarget
-    graphs: set[bytes]
-
-
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """A tensor's content that the engine got, and may copy."""
@@ -148,16 +138,16 @@ class _Connection:
         self.by_uid: OrderedDict[tuple[int, int], tuple[bytes, GraphStructure]] = OrderedDict()
         self.structures: OrderedDict[bytes, GraphStructure] = OrderedDict()
         self.learned: OrderedDict[bytes, dict[CopySource, CopyTarget]] = OrderedDict()
-        self.evidence: OrderedDict[bytes, dict[CopyPattern, _Evidence]] = OrderedDict()
+        self.expects: OrderedDict[bytes, dict[CopyPattern, CopyTarget]] = OrderedDict()
 
     def forget(self, connection: int | None = None) -> None:
         """Forget all copies, or those to one connection."""
         for targets in self.learned.values():
             for source in [each for each, target in targets.items() if connection in {None, target.connection}]:
                 del targets[source]
-        for found in self.evidence.values():
-            for pattern in [each for each, one in found.items() if connection in {None, one.target.connection}]:
-                del found[pattern]
+        for expects in self.expects.values():
+            for pattern in [each for each, target in expects.items() if connection in {None, target.connection}]:
+                del expects[pattern]
 
     def learn(self, source: CopySource, target: CopyTarget) -> None:
         """A copy was made."""
@@ -165,21 +155,14 @@ class _Connection:
         _keep_newest(self.learned, _MAX_GRAPHS)
         if source.pattern is None:
             return
-        found = self.evidence.setdefault(source.structure, {})
-        _keep_newest(self.evidence, _MAX_STRUCTURES)
-        common = replace(target, place=None)
-        evidence = found.get(source.pattern)
-        if evidence is None or evidence.target != common:
-            found[source.pattern] = _Evidence(common, {source.graph})
-        elif len(evidence.graphs) < _ENOUGH:
-            evidence.graphs.add(source.graph)
+        self.expects.setdefault(source.structure, {})[source.pattern] = replace(target, place=None)
+        _keep_newest(self.expects, _MAX_STRUCTURES)
 
     def expected(self, source: CopySource) -> CopyTarget | None:
-        """Where other graphs of this structure copied the tensor to, if they all did."""
+        """Where another graph of this structure copied the tensor to, if one did."""
         if source.pattern is None or not _HEAD_BYTES <= source.size <= MAX_PUSH:
             return None
-        evidence = self.evidence.get(source.structure, {}).get(source.pattern)
-        return evidence.target if evidence is not None and len(evidence.graphs) >= _ENOUGH else None
+        return self.expects.get(source.structure, {}).get(source.pattern)
 
     def computes(self, identity: tuple[int, int], graph: tuple[bytes, GraphStructure] | None) -> None:
         if graph is not None:

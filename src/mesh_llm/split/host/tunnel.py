@@ -5,16 +5,16 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from blake3 import blake3
 
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.split.activations import unpack_activations
 from mesh_llm.split.framing import BatchWriter, ProtocolError, frame_reader
-from mesh_llm.split.host.packing import CompressedData, SetPacker
+from mesh_llm.split.host.packing import CompressedData, LinkFormats, SetPacker
 from mesh_llm.split.host.transfers import CopySource, DirectTransfers, Transfer
 from mesh_llm.split.host.weights import HeldTensor, WeightSender
-from mesh_llm.split.host.wire_formats import LinkFormats
 from mesh_llm.split.host.worker_info import MAX_BYTES, WorkerInfo, WorkerStats
 from mesh_llm.wire.ggml_rpc.activations import EXACT, Format, is_whole, packed_size, read_format
 from mesh_llm.wire.ggml_rpc.packing import LEAST_GRAPH, PACKED, PACKED_SET, compress_graph
@@ -322,10 +322,14 @@ class HostTunnel:
     # Buffers
 
     def _allocate(self, request_: Request) -> None:
-        self._ask(request(ALLOC, bytes(request_.payload)), ALLOC_REPLY.size, convert=self._allocated)
+        asked = int.from_bytes(request_.payload[4:], "little")
+        convert = partial(self._allocated, asked)
+        self._ask(request(ALLOC, bytes(request_.payload)), ALLOC_REPLY.size, convert=convert)
 
-    def _allocated(self, payload: bytes) -> bytes:
+    def _allocated(self, asked: int, payload: bytes) -> bytes:
         pointer, size, base = ALLOC_REPLY.unpack(payload)
+        if asked and not pointer:
+            self._stats.refused += 1
         if pointer:
             # The engine computes addresses from the base, and aborts where one is null or too large.
             if not base or base > _MAX_ADDRESS or not 0 < size <= MAX_BYTES:
@@ -426,6 +430,7 @@ class HostTunnel:
         version = self._info.version
         if request_.command == Command.GRAPH_COMPUTE:
             self._stats.graphs += 1
+            self._stats.refused = 0
             identity = graph_identity(payload, version)
             rest = payload[12:] if version.major >= V8.major else payload[4:]
             graph = blake3(rest).digest(), graph_structure(payload, version)

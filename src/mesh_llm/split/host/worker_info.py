@@ -127,6 +127,7 @@ class WorkerStats:
         relayed: tensors of another worker that went through the host.
         rescued: pushed tensors that did not arrive, and then went through the host.
         padding: bytes of padding behind answers (`split.worker.transfers.WindowPadding`).
+        refused: buffers that it did not allocate since the last graph. An engine may do with smaller ones.
     """
 
     connections: int = 0
@@ -148,6 +149,7 @@ class WorkerStats:
     relayed: int = 0
     rescued: int = 0
     padding: int = 0
+    refused: int = 0
 
     def wrote(self, size: int) -> None:
         """Count one write of `size` bytes."""

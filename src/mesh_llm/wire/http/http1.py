@@ -6,7 +6,7 @@ framing, and bound what they keep. They use llhttp (httptools).
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Generic, TypeAlias, TypeVar
@@ -223,6 +223,11 @@ def response_bytes(status: int, headers: Iterable[tuple[bytes, bytes]], body_len
     return _finish(lines, headers)
 
 
+def hint_bytes(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """An interim response before the final one, with headers that cannot wait (RFC 8297). Raises Http1Error."""
+    return _finish([b"HTTP/1.1 103 Early Hints\r\n"], headers)
+
+
 def chunk(data: bytes) -> bytes:
     """A piece of a chunked body. Empty data gives b"", because an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
@@ -385,8 +390,10 @@ _BODILESS = frozenset((204, 304))
 class ResponseParser(MessageParser[ResponseHead]):
     """Reads one response to a GET or POST. Skips interim (1xx) responses; refuses to switch protocols."""
 
-    def __init__(self, limits: Http1Limits = _DEFAULT_LIMITS) -> None:
+    def __init__(self, limits: Http1Limits = _DEFAULT_LIMITS, hinted: Callable[[Headers], None] | None = None) -> None:
+        """`hinted`: gets the headers of each interim response."""
         super().__init__(limits)
+        self._hinted = hinted
         self._response_parser = self._parser = httptools.HttpResponseParser(self)
         self._interim = 0
         self._skipping = False
@@ -424,6 +431,8 @@ class ResponseParser(MessageParser[ResponseHead]):
             self._interim += 1
             if self._interim > self._limits.interim:
                 raise Http1Error("too many interim responses")
+            if self._hinted is not None:
+                self._hinted(tuple(self._headers))
             self._headers.clear()
             self._skipping = True
             return

@@ -22,7 +22,7 @@ from mesh_llm.core.types.announcement import (
     has_later_sizes,
 )
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import Capacity, ModelFacts, ModelKind, Rates, Speed
+from mesh_llm.core.types.model import AttentionRates, Capacity, ModelFacts, ModelKind, Rates, Speed
 from mesh_llm.wire.codec import Key, Malformed, decode
 from mesh_llm.wire.mesh.structs import Codec, derive
 
@@ -46,7 +46,29 @@ def _read_rates(wire: _Rates) -> Rates:
     return Rates(f16=wire.f16 * _RATE_UNIT, q8=wire.q8 * _RATE_UNIT, q4=wire.q4 * _RATE_UNIT)
 
 
-SPEED = derive(Speed, {Rates: Codec(_Rates, _write_rates, _read_rates), int: Codec(_Small)})
+class _AttentionRates(msgspec.Struct, frozen=True, array_like=True):
+    """Millions per second."""
+
+    prompt: _Small = 0
+    token: _Small = 0
+
+
+def _write_attention(rates: AttentionRates) -> _AttentionRates:
+    return _AttentionRates(rates.prompt // _RATE_UNIT, rates.token // _RATE_UNIT)
+
+
+def _read_attention(wire: _AttentionRates) -> AttentionRates:
+    return AttentionRates(prompt=wire.prompt * _RATE_UNIT, token=wire.token * _RATE_UNIT)
+
+
+SPEED = derive(
+    Speed,
+    {
+        Rates: Codec(_Rates, _write_rates, _read_rates),
+        AttentionRates: Codec(_AttentionRates, _write_attention, _read_attention),
+        int: Codec(_Small),
+    },
+)
 """A machine's measured speed."""
 
 

@@ -64,7 +64,7 @@ def parse_ownership(text: str) -> Owned | Malformed:
     """Read a statement's text. Its signature is not checked."""
     found = _TEXT.fullmatch("".join(text[:2000].split()))
     if found is None:
-        return Malformed(f"a statement of ownership begins with {PREFIX}")
+        return Malformed(f"one begins with `{PREFIX}`")
     try:
         raw = base64.urlsafe_b64decode(found[1] + "=" * (-len(found[1]) % 4))
     except (binascii.Error, ValueError):

@@ -9,6 +9,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
+from mesh_llm.core.routing.table import as_announced
 from mesh_llm.core.types.announcement import Ownership
 from mesh_llm.core.types.ids import ModelName, NodeId, OwnerId
 from mesh_llm.core.types.model import MAX_SPLIT_NODES, ModelKind, ModelStatus
@@ -115,11 +116,10 @@ decode_routes_request = partial(decode, msgspec.msgpack.Decoder(RoutesRequest))
 decode_routes_reply = partial(decode, msgspec.msgpack.Decoder(RouteTable | RoutesUnchanged))
 
 
-def table_of(
-    snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ...], ownership: Ownership | None = None
-) -> RouteTable:
-    """The table for other nodes: this node's own engines become remote targets on it. `ownership`: of this node."""
-    owners = {**snapshot.owners, **({snapshot.node: ownership} if ownership is not None else {})}
+def table_of(snapshot: RoutingSnapshot, epoch: bytes, hosts: tuple[RouteHost, ...]) -> RouteTable:
+    """The table for other nodes: this node's own engines become remote targets on it."""
+    snapshot = as_announced(snapshot)
+    owners = snapshot.owners
     return RouteTable(
         epoch=epoch,
         version=snapshot.version,

@@ -103,6 +103,27 @@ def test_or_split_where_it_fits_nobody_alone() -> None:
     assert small.split.micro_batch == MOST_PIPELINED_TOKENS
 
 
+def test_a_plan_foretells_several_engines_and_what_all_requests_get_together() -> None:
+    rates = msgspec.structs.replace(FAST, batch=Rates(f16=160 * GB, q8=120 * GB, q4=60 * GB))
+    machines = [msgspec.structs.replace(machine(n, 60.0, speed=rates), on_processor=True) for n in (1, 2)]
+    many = LaunchOptions(slots=16, context=1024)
+
+    def planned(groups: int | None) -> PlanSplit:
+        split = make_plan(PlanRequest(facts=BIG, options=many, groups=groups), machines, links(2)).split
+        assert split is not None
+        assert split.groups_why
+        return split
+
+    one, auto = planned(1), planned(None)
+    assert (one.groups, auto.groups) == (1, 2)
+    assert one.together_tps is not None
+    assert auto.together_tps is not None
+    assert one.predicted_tps is not None
+    assert auto.together_tps > 1.2 * one.together_tps > 1.2 * one.predicted_tps
+    # A further engine's buffers count on both.
+    assert all(b.memory_bytes > a.memory_bytes for a, b in zip(one.nodes, auto.nodes, strict=True))
+
+
 def test_a_split_over_slow_links_is_planned_with_rounded_activations() -> None:
     slow = {ends: Link(one_way_seconds=0.005, bytes_per_second=1e5) for ends in links(2)}
     machines = [machine(n, 7.0) for n in (1, 2)]

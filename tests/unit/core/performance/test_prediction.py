@@ -4,19 +4,8 @@ import msgspec
 import pytest
 from tests.property.test_experience import SPEED, expected, model
 
-from mesh_llm.core.performance.prediction import (
-    FRESH_SECONDS,
-    HALVING_SECONDS,
-    MACHINE,
-    MICRO_BATCH,
-    MODEL,
-    PROBE,
-    Calibration,
-    Link,
-    SplitSeconds,
-    prompt_seconds,
-    split_prompt_seconds,
-)
+from mesh_llm.core.performance.calibration import FRESH_SECONDS, HALVING_SECONDS, MACHINE, MODEL, PROBE, Calibration
+from mesh_llm.core.performance.prediction import MICRO_BATCH, Link, SplitSeconds, prompt_seconds, split_prompt_seconds
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import Rates, SplitLayout, SplitShare
 

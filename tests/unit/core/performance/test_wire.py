@@ -45,6 +45,17 @@ def test_a_narrow_link_halves_what_it_carries_first_of_prompts() -> None:
         assert (wire.prompts == "f16") is (exact >= WIRE_GAIN * half)
 
 
+def test_what_was_chosen_stays_where_the_gain_is_near_the_limit() -> None:
+    half = Wire(prompts="f16", tokens="f16")
+    rates = [10 ** (exponent / 20) for exponent in range(60, 180)]
+    exact = {rate: choose_wire("auto", FACTS, LAYOUT, SPEEDS, links(rate)) for rate in rates}
+    kept = {rate: choose_wire("auto", FACTS, LAYOUT, SPEEDS, links(rate), half) for rate in rates}
+    assert kept[rates[0]] == half
+    assert kept[rates[-1]] == Wire()
+    assert sum(one.prompts == "f16" for one in kept.values()) > sum(one.prompts == "f16" for one in exact.values())
+    assert all(kept[rate].prompts == "f16" for rate in rates if exact[rate].prompts == "f16")
+
+
 def test_eight_bits_are_never_taken_unasked_and_what_is_asked_for_is_taken() -> None:
     assert all("q8" not in chosen("auto", rate).text for rate in (1e3, 1e5, 1e7, 1e9))
     for rate in (1e3, 1e9):

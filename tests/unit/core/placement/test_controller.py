@@ -5,11 +5,12 @@ import msgspec
 from tests.support.core_values import GB, MESH, facts, member, node_id, serving
 from tests.support.fake_peers import FakePeers
 
-from mesh_llm.core.config import NodeConfig
-from mesh_llm.core.node import Node, Peers
+from mesh_llm.core.config import NodeConfig, OnDemandPolicy
+from mesh_llm.core.member_cache import Peers
+from mesh_llm.core.node import Node
 from mesh_llm.core.placement.assignment import Assigned
 from mesh_llm.core.placement.controller import ModelFetch, describe_source, file_sources, offered_models
-from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.types.announcement import LoadScope, Member
 from mesh_llm.core.types.effects import AnyEffect, FetchModel, Notice, StartEngine, StopEngine
 from mesh_llm.core.types.events import (
     AnyEvent,
@@ -19,10 +20,11 @@ from mesh_llm.core.types.events import (
     FetchEnded,
     LoadRequested,
     ModelsChanged,
+    StandingsKnown,
     Started,
     Tick,
 )
-from mesh_llm.core.types.ids import Incarnation, ModelName
+from mesh_llm.core.types.ids import Incarnation, ModelName, NodeId
 from mesh_llm.core.types.model import Capacity, ModelFacts, ModelStatus, Role
 
 THEIRS = msgspec.structs.replace(facts("m"), source="hf:o/r:m.gguf@1")
@@ -56,10 +58,18 @@ class Others:
 class Survivor:
     """A node on standby beside one host, which serves two models; what happens when that is lost."""
 
-    def __init__(self, *on_disk: str, memory: int = 8 * GB, can_fetch: bool = False, **host: object) -> None:
+    def __init__(
+        self,
+        *on_disk: str,
+        memory: int = 8 * GB,
+        can_fetch: bool = False,
+        on_demand: LoadScope = "members",
+        **host: object,
+    ) -> None:
         self.peers = FakePeers()
         self.host = {"on_disk": (THEIRS, OTHER), "name": "desk", **host}
-        config = NodeConfig(node=node_id(1), mesh=MESH, can_fetch=can_fetch, joins=can_fetch)
+        policy = OnDemandPolicy(scope=on_demand)
+        config = NodeConfig(node=node_id(1), mesh=MESH, can_fetch=can_fetch, joins=can_fetch, on_demand=policy)
         self.node = Node(config, Random(1), self.peers)
         self.now = 0.0
         self.started: list[str] = []
@@ -298,3 +308,50 @@ def test_models_that_could_not_be_fetched_are_forgotten() -> None:
         fetch.ended(FetchEnded(model=one.name, problem="no"), ())
     assert len(fetch.failed) < 600
     assert ModelName("m2999") in fetch.failed
+
+
+def test_what_strangers_want_serve_and_leave_makes_a_node_take_nothing_unless_it_is_allowed() -> None:
+    stranger = member(2, serving("theirs"), wanted=("m",), on_disk=(facts("m"), facts("theirs")), demand={"x": 99.0})
+    host = member(3, serving("x"), on_disk=(facts("x"),))
+    expected: dict[LoadScope, list[str]] = {"members": [], "clients": [], "strangers": ["m"]}
+    for scope, taken in expected.items():
+        survivor = Survivor("m", "theirs", "x", on_demand=scope)
+        survivor.do(StandingsKnown(members=frozenset({node_id(3)})))
+        survivor.sees(stranger, host, seconds=60.0)
+        assert survivor.started == taken
+    survivor = Survivor("m", "theirs", "x", on_demand="members")
+    survivor.do(StandingsKnown(members=frozenset({node_id(3)})))
+    survivor.sees(stranger, host)
+    # What only the stranger served is not taken over from it; what a member wants is taken, and a stranger can be it no
+    # more: it got an invite.
+    survivor.sees(host, seconds=60.0)
+    assert survivor.started == []
+    survivor.do(StandingsKnown(members=frozenset({node_id(2), node_id(3)})))
+    survivor.sees(stranger, host, seconds=60.0)
+    assert survivor.started == ["m"]
+
+
+def test_nothing_is_fetched_from_a_host_that_is_distrusted_for_it() -> None:
+    theirs = msgspec.structs.replace(THEIRS, source="")
+    host, other = (member(number, on_disk=(theirs, OTHER), shares=True) for number in (2, 3))
+    lies = {(ModelName("m"), node_id(2))}
+    assert file_sources([host, other], ModelName("m"), theirs.fingerprint, lies) == [other]
+    assert file_sources([host], ModelName("other"), OTHER.fingerprint, lies) == [host]
+    assert offered_models([host], lies) == {"other"}
+    fetch = ModelFetch()
+    fetch.distrusted = frozenset(lies)
+    begun = fetch.begin(Assigned(facts=theirs, why="it is wanted", unserved=True), [host, other])
+    assert isinstance(begun[0], Notice)
+    assert "from node3 " in begun[0].text
+    assert fetch.ended(FetchEnded(model=ModelName("m"), problem="x"), {}) is not None
+    # That it offers the file anew is no reason to try again.
+    again = member(2, on_disk=(theirs,), shares=True, incarnation=Incarnation(9))
+    assert fetch.unobtainable([again, other]) == {"m"}
+
+
+def test_a_node_that_joins_takes_no_model_that_only_a_stranger_serves() -> None:
+    for members in (frozenset[NodeId](), frozenset({node_id(2)})):
+        joiner = Joiner(on_disk=("m",))
+        joiner.do(StandingsKnown(members=members))
+        started = [one.plan.model for one in joiner.wait() if isinstance(one, StartEngine)]
+        assert started == (["m"] if members else [])

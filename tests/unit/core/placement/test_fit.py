@@ -1,4 +1,6 @@
-from mesh_llm.core.placement.fit import DoesNotFit, cache_bytes, compute_bytes, launch_memory, plan_solo
+import msgspec
+
+from mesh_llm.core.placement.fit import DoesNotFit, cache_bytes, compute_bytes, launch_memory, mtp_memory, plan_solo
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import LaunchOptions, LaunchPlan, ModelFacts
 
@@ -58,6 +60,19 @@ def test_recurrent_state_is_per_slot() -> None:
 def test_compute_covers_what_was_seen() -> None:
     # llama.cpp prints 258.50 MiB for this model at 8192 tokens when it computes logits for whole batches.
     assert 258.5 * MIB <= compute_bytes(facts(), 8192, 1) <= 340 * MIB
+
+
+def test_layers_that_guess_have_a_cache_and_buffers_of_their_own() -> None:
+    # llama.cpp prints 24.00 and 17.51 MiB for a head of 768 numbers; hidden states of a whole batch come to it.
+    narrow = facts(embedding_length=768, compute_width=9984, vocabulary=448, mtp_layers=1, mtp_row=2 * 384 * 2)
+    extra = mtp_memory(narrow, 4096, 4)
+    assert extra.cache == 24 * MIB
+    assert (17.51 + 6) * MIB <= extra.compute <= 35 * MIB
+    assert (
+        launch_memory(narrow, 4096, 4).total
+        == extra.total + launch_memory(msgspec.structs.replace(narrow, mtp_layers=0), 4096, 4).total
+    )
+    assert mtp_memory(facts(), 4096, 4).total == 0
 
 
 def test_plenty_of_memory_gives_the_default() -> None:

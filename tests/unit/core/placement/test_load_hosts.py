@@ -98,11 +98,12 @@ def test_only_nodes_that_offer_it_are_places() -> None:
 def test_for_whom_a_node_loads() -> None:
     allowed = {
         scope: [who for who in ("own", "member", "client", "stranger") if may_load(scope, who)]
-        for scope in ("off", "own", "members", "clients")
+        for scope in ("off", "own", "members", "clients", "strangers")
     }
     assert allowed == {
         "off": [],
         "own": ["own"],
         "members": ["own", "member"],
         "clients": ["own", "member", "client"],
+        "strangers": ["own", "member", "client", "stranger"],
     }

@@ -8,7 +8,7 @@ from tests.support.core_values import GB, facts, member, node_id, serving
 from tests.support.on_demand import LOADS, OTHER, THIRD, Machine
 
 from mesh_llm.core.config import OnDemandPolicy
-from mesh_llm.core.types.announcement import LoadOffer, Serving
+from mesh_llm.core.types.announcement import LoadOffer, Serving, SplitOffer
 from mesh_llm.core.types.effects import (
     AskForLoad,
     EndAsk,
@@ -19,6 +19,7 @@ from mesh_llm.core.types.effects import (
 from mesh_llm.core.types.events import (
     DropRequested,
     FetchEnded,
+    HostsDistrusted,
     LoadAnswered,
     LoadRequested,
     ModelsChanged,
@@ -26,7 +27,7 @@ from mesh_llm.core.types.events import (
     TargetFailed,
 )
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.model import ModelStatus, Role
+from mesh_llm.core.types.model import Capacity, ModelStatus, Role
 from mesh_llm.core.types.model_settings import ModelSettings
 
 
@@ -310,6 +311,37 @@ def test_nothing_is_loaded_where_that_is_off_or_for_others() -> None:
     assert stranger.peers.published[-1].loads is not None
 
 
+def test_what_comes_anyway_is_waited_for_where_requests_load_nothing() -> None:
+    machine = Machine(disk=(), on_demand=OnDemandPolicy(scope="off"))
+    loads = serving("red", status=ModelStatus.LOADING)
+    machine.peers.set(member(2, loads, on_disk=(facts("red", 4.0),)))
+    machine.wait(1.0)
+    assert not [one for one in machine.asks("red") if isinstance(one, AskForLoad)]
+    assert "it is loading on" in machine.state("red").text
+    machine.wait(100.0)
+    assert not machine.state("red").problem
+    # It failed there, and nobody wants it any more.
+    machine.peers.set(member(2, on_disk=(facts("red", 4.0),)))
+    machine.wait(1.0)
+    assert "--on-demand off" in machine.state("red").problem
+
+
+def test_a_model_of_the_mesh_that_nobody_serves_is_waited_for_a_moment() -> None:
+    machine = Machine(disk=(), on_demand=OnDemandPolicy(scope="off"))
+    machine.peers.set(member(2, on_disk=(facts("red", 4.0),), wanted=(ModelName("red"),)))
+    machine.wait(1.0)
+    machine.asks("red")
+    assert "waited for" in machine.state("red").text
+    machine.wait(9.0)
+    assert not machine.state("red").problem
+    machine.wait(2.0)
+    assert "--on-demand off" in machine.state("red").problem
+    # Who may ask only this node is not told to wait for others.
+    machine.asks("red", 0)
+    machine.asks("red", asker=OTHER, here=True, standing="member")
+    assert machine.state("red").problem_here
+
+
 def test_another_node_that_has_the_file_is_asked_and_asked_once() -> None:
     machine = Machine(disk=())
     machine.peers.set(member(2, loads=LOADS, on_disk=(facts("red", 4.0),)))
@@ -487,3 +519,65 @@ def test_a_nodes_word_counts_until_its_announcement_says_more() -> None:
         else:
             machine.wait(11.0)
         assert machine.status("red") is ModelStatus.COLD
+
+
+SHARING = Capacity(memory_bytes=30 * GB, rpc_version="8.0.0")
+DISTRUSTED = HostsDistrusted(hosts=((ModelName("red"), OTHER),))
+
+
+def test_a_host_that_is_distrusted_for_a_model_is_not_asked_to_load_it() -> None:
+    disk = (facts("red", 4.0), facts("green", 4.0))
+    machine = Machine(disk=())
+    machine.peers.set(*(member(number, loads=LOADS, on_disk=disk) for number in (2, 3)))
+    machine.do(DISTRUSTED)
+    for model in ("red", "green"):
+        machine.asks(model)
+        machine.wait(60.0)
+    asked = {one.model: one.node for one in machine.effects if isinstance(one, AskForLoad)}
+    assert asked[ModelName("red")] == THIRD
+    # Of other models nothing is known against it.
+    assert asked[ModelName("green")] in {OTHER, THIRD}
+    alone = Machine(disk=())
+    alone.do(DISTRUSTED)
+    alone.peers.set(member(2, loads=LOADS, on_disk=disk, shares=True, name="liar"))
+    alone.wait(3.0)
+    alone.asks("red")
+    alone.wait(60.0)
+    assert not any(isinstance(one, AskForLoad | FetchModel) for one in alone.effects)
+    assert "liar is not asked" in alone.state("red").problem
+
+
+def test_a_host_that_is_distrusted_while_it_loads_is_left_for_another_one() -> None:
+    machine = Machine(disk=())
+    disk = (facts("red", 4.0),)
+    machine.peers.set(member(2, loads=LOADS, on_disk=disk))
+    machine.wait(3.0)
+    machine.asks("red")
+    assert AskForLoad(node=OTHER, model=ModelName("red")) in machine.effects
+    loading = serving("red", ModelStatus.LOADING)
+    machine.peers.set(member(2, loading, loads=LOADS, on_disk=disk), member(3, loads=LOADS, on_disk=disk))
+    machine.wait(1.0)
+    machine.do(DISTRUSTED)
+    assert EndAsk(node=OTHER, model=ModelName("red")) in machine.effects
+    assert AskForLoad(node=THIRD, model=ModelName("red")) in machine.effects
+    # What it answers meanwhile counts for nothing: the request goes on waiting for the other one.
+    machine.peers.set(member(2, serving("red"), loads=LOADS, on_disk=disk), member(3, loads=LOADS, on_disk=disk))
+    machine.wait(5.0)
+    assert machine.status("red") is ModelStatus.WARM
+    assert EndAsk(node=THIRD, model=ModelName("red")) not in machine.effects
+
+
+def test_a_split_is_not_begun_at_a_host_that_is_distrusted() -> None:
+    offer = SplitOffer(memory_bytes=30 * GB)
+    for number, expected in ((3, THIRD), (4, node_id(4))):
+        others = [
+            member(one, loads=LoadOffer(), on_disk=(facts("big", 16.0),), offer=offer, capacity=SHARING)
+            for one in (2, number)
+        ]
+        machine = Machine(memory=3.0, disk=())
+        machine.do(HostsDistrusted(hosts=((ModelName("big"), OTHER),)))
+        machine.peers.set(*others)
+        machine.wait(3.0)
+        machine.asks("big")
+        machine.wait(20.0)
+        assert [one.node for one in machine.effects if isinstance(one, AskForLoad)][:1] == [expected]

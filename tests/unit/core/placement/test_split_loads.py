@@ -7,7 +7,7 @@ from tests.support.core_values import GB, facts, member, of_kind, serving
 from tests.support.on_demand import OTHER, THIRD, Machine
 
 from mesh_llm.core.config import OnDemandPolicy
-from mesh_llm.core.types.announcement import LoadOffer, Member, SplitOffer
+from mesh_llm.core.types.announcement import LoadOffer, Member, Ownership, SplitOffer
 from mesh_llm.core.types.effects import AskForLoad, StopEngine
 from mesh_llm.core.types.events import (
     DropRequested,
@@ -17,7 +17,7 @@ from mesh_llm.core.types.events import (
     RpcChanged,
     SplitScope,
 )
-from mesh_llm.core.types.ids import ModelName
+from mesh_llm.core.types.ids import ModelName, OwnerId
 from mesh_llm.core.types.model import Capacity, LaunchOptions, ModelStatus, Role
 
 RED = facts("red", 4.0)
@@ -435,3 +435,56 @@ def test_where_models_are_not_loaded_on_demand_nothing_is_split() -> None:
     machine.asks("red")
     assert "--on-demand off" in machine.state("red").problem
     assert not wants_group(machine)
+
+
+MINE = OwnerId("1" * 64)
+
+
+def owned(owner: str = MINE, expires: int = 2**40) -> Ownership:
+    return Ownership(owner=OwnerId(owner), issued=0, expires=expires, signature=b"s" * 64)
+
+
+@pytest.mark.parametrize(
+    "outsider",
+    [
+        helper(3),
+        helper(3, ownership=owned("2" * 64)),
+        helper(3, ownership=owned(expires=1)),
+        helper(3, offer=BUILDING),
+        helper(3, offer=None),
+        helper(3, suspect=True),
+    ],
+    ids=["of nobody", "of another", "ended", "building", "unknown", "silent"],
+)
+def test_no_split_is_begun_for_a_prompt_that_a_worker_may_not_see(outsider: Member) -> None:
+    """The election is everybody's: who could be elected must be in the circle."""
+    machine = host(epoch=1000.0)
+    machine.peers.set(helper(2, ownership=owned()), outsider)
+    machine.wait(STILL)
+    machine.asks("red", here=True, circle=(MINE,))
+    assert "outside the request's circle" in machine.state("red").problem_here
+    assert machine.state("red").problem_here.endswith("node3")
+    machine.wait(20.0)
+    assert not wants_group(machine)
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [None, helper(3, offer=SplitOffer(obstacle="scope", detail="client")), helper(3, role=Role.CLIENT)],
+    ids=["nobody", "without the scope", "client"],
+)
+def test_a_split_is_begun_where_all_who_could_take_part_are_in_the_circle(harmless: Member | None) -> None:
+    machine = host()
+    machine.peers.set(helper(2, ownership=owned()), *([harmless] if harmless is not None else []))
+    machine.wait(STILL)
+    machine.asks("red", here=True, circle=(MINE,))
+    assert machine.state("red").text == SOON
+    assert wants_group(machine)
+
+
+def test_a_passive_node_asks_nobody_to_load_for_a_prompt_that_may_not_go_everywhere() -> None:
+    machine = host(disk=(), role=Role.CLIENT)
+    machine.do(RoutesLearned(source=OTHER, snapshot=machine.routes))
+    machine.asks("red", here=True, circle=(MINE,))
+    assert "client" in machine.state("red").problem_here
+    assert not asked(machine)

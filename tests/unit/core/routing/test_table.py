@@ -1,11 +1,22 @@
 import msgspec
-from tests.support.core_values import config, facts, member, node_id, serving
+from tests.support.core_values import GB, config, facts, member, node_id, serving
 
-from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot
-from mesh_llm.core.routing.table import Endpoint, RoutingTable, build_routes, same_routes
-from mesh_llm.core.types.announcement import Member
+from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, rank
+from mesh_llm.core.routing.table import Endpoint, RoutingTable, as_announced, build_routes, same_routes
+from mesh_llm.core.trust.corrections import Kind, TimedAnswer
+from mesh_llm.core.types.announcement import Announcement, Member, SplitState
+from mesh_llm.core.types.events import AnswersTimed, ContextRefused, PromptTaken, SplitFailed
 from mesh_llm.core.types.ids import ModelName
-from mesh_llm.core.types.model import ModelStatus
+from mesh_llm.core.types.model import (
+    AttentionRates,
+    Capacity,
+    LayerFacts,
+    ModelFacts,
+    ModelStatus,
+    Rates,
+    Speed,
+)
+from mesh_llm.wire.mesh.announcement import decode_announcement, encode_announcement
 
 M = ModelName("m")
 
@@ -146,3 +157,206 @@ def test_models_that_no_peer_has_any_more_are_forgotten() -> None:
         seen(number, float(number))
     assert seen(0, 4000.0) > first
     assert table.snapshot.models[kept.name].created == created
+
+
+HOST = node_id(2)
+
+
+def corrected_table() -> tuple[RoutingTable, list[Member]]:
+    """A host that announces more context than it takes, and an honest one."""
+    table = RoutingTable(config())
+    members = [member(2, serving("m", context=32768, term=1)), member(3, serving("m", context=4096, term=1))]
+    table.observe(members, 0.0)
+    routed(table, members, 0.0)
+    event = ContextRefused(node=HOST, model=M, term=1, tokens=900)
+    assert table.refused_context(event, members, 1.0) is not None
+    return table, members
+
+
+def routed(table: RoutingTable, members: list[Member], now: float) -> RoutingSnapshot | None:
+    return table.rebuild(
+        own=[], addresses={}, members=members, round_trips={}, on_disk={}, wanted=(), accepting=True, now=now
+    )
+
+
+def test_a_corrected_context_is_what_this_node_routes_by_and_offers_its_clients() -> None:
+    table, members = corrected_table()
+    assert table.due(1.0)
+    snapshot = routed(table, members, 1.0)
+    assert snapshot is not None
+    route = snapshot.models[M]
+    assert [target.context for target in route.targets] == [900, 4096]
+    assert route.context == 900
+    assert [one.node for one in rank(route, {}, prompt_tokens=2000)] == [node_id(3), HOST]
+    assert [(one.node, one.kind, one.announced, one.seen) for one in snapshot.corrections] == [
+        (HOST, Kind.CONTEXT, 32768, 900)
+    ]
+    # Others are told what was announced.
+    given = as_announced(snapshot)
+    assert given.corrections == ()
+    assert [target.context for target in given.models[M].targets] == [32768, 4096]
+    assert given.models[M].context == 4096
+
+
+def test_a_correction_ends_with_the_launch_and_with_time() -> None:
+    table, members = corrected_table()
+    again = [member(2, serving("m", context=32768, term=2)), members[1]]
+    snapshot = routed(table, again, 2.0)
+    assert snapshot is not None
+    assert snapshot.corrections == ()
+    assert snapshot.models[M].targets[0].context == 32768
+    # What is said of an earlier launch does not count.
+    assert table.refused_context(ContextRefused(node=HOST, model=M, term=1, tokens=9), again, 2.0) is None
+
+    table, members = corrected_table()
+    routed(table, members, 1.0)
+    end = table.deadline()
+    assert end is not None
+    assert table.due(end)
+    snapshot = routed(table, members, end)
+    assert snapshot is not None
+    assert snapshot.models[M].targets[0].context == 32768
+
+
+def test_the_user_ends_it() -> None:
+    table, members = corrected_table()
+    routed(table, members, 1.0)
+    table.forget_corrections(HOST, ModelName("another"))
+    assert not table.stale
+    table.forget_corrections(HOST, M)
+    assert table.stale
+    snapshot = routed(table, members, 2.0)
+    assert snapshot is not None
+    assert snapshot.corrections == ()
+    assert snapshot.models[M].targets[0].context == 32768
+
+
+def test_a_longer_prompt_that_works_ends_it() -> None:
+    table, members = corrected_table()
+    routed(table, members, 1.0)
+    table.took_prompt(PromptTaken(node=HOST, model=M, term=1, tokens=1200), members)
+    assert table.stale
+    snapshot = routed(table, members, 2.0)
+    assert snapshot is not None
+    assert snapshot.corrections == ()
+
+
+def test_a_host_is_ranked_by_the_speed_that_came() -> None:
+    table = RoutingTable(config())
+    members = [
+        member(2, serving("m", term=1, tokens_per_second=500.0)),
+        member(3, serving("m", tokens_per_second=40.0)),
+    ]
+    for second in range(8):
+        slow = TimedAnswer(node=HOST, model=M, term=1, kind=Kind.SPEED, tokens=60, seen=4.0, said=500.0)
+        table.timed(AnswersTimed(answers=(slow,)), members, {}, float(second))
+    snapshot = routed(table, members, 9.0)
+    assert snapshot is not None
+    assert [one.node for one in rank(snapshot.models[M], {})] == [node_id(3), HOST]
+    assert snapshot.models[M].targets[0].tokens_per_second == 4.0
+    assert as_announced(snapshot).models[M].targets[0].tokens_per_second == 500.0
+
+
+FILE = msgspec.structs.replace(facts("copy"), fingerprint="same", active_bytes=GB, head_bytes=0, weight_bits=16.0)
+READS = Speed(full=Rates(f16=GB), batch=Rates(f16=1000 * GB))
+"""A thousand tokens of FILE a second."""
+
+
+def announcing(capacity: Capacity) -> list[Member]:
+    """A host of M, with what an announcement tells of its file."""
+    known = encode_announcement(
+        member(2, serving("m"), on_disk=(msgspec.structs.replace(FILE, name=M),), capacity=capacity).announcement
+    )
+    announced = decode_announcement(known)
+    assert isinstance(announced, Announcement)
+    return [msgspec.structs.replace(member(2), announcement=announced)]
+
+
+def prompts_seen(members: list[Member], files: dict[ModelName, ModelFacts], tokens: int = 1000) -> float:
+    """What is counted on after eight prompts that were read at 150 tokens a second."""
+    table = RoutingTable(config())
+    slow = TimedAnswer(node=HOST, model=M, term=1, kind=Kind.PROMPTS, tokens=tokens, seen=150.0)
+    for second in range(8):
+        table.timed(AnswersTimed(answers=(slow,)), members, files, float(second))
+    snapshot = routed(table, members, 9.0)
+    assert snapshot is not None
+    return snapshot.models[M].targets[0].slow_prompts
+
+
+def test_a_host_that_reads_prompts_slower_than_foretold_is_known_where_the_same_file_is() -> None:
+    capacity = Capacity(memory_bytes=16 * GB, speed=READS)
+    here = {FILE.name: FILE}
+    assert prompts_seen(announcing(capacity), here) == 150.0
+    assert prompts_seen(announcing(capacity), {}) == 0.0
+    other = msgspec.structs.replace(FILE, fingerprint="other")
+    assert prompts_seen(announcing(capacity), {other.name: other}) == 0.0
+
+
+def test_a_gpu_that_may_not_hold_the_model_is_not_judged() -> None:
+    here = {FILE.name: FILE}
+    assert prompts_seen(announcing(Capacity(memory_bytes=GB, speed=READS, host_bytes=16 * GB)), here) == 0.0
+    assert prompts_seen(announcing(Capacity(memory_bytes=2 * GB, speed=READS, host_bytes=16 * GB)), here) == 150.0
+
+
+def test_a_long_prompt_is_judged_by_what_its_length_takes() -> None:
+    slow = msgspec.structs.replace(READS, attention=AttentionRates(prompt=10**9))
+    file = msgspec.structs.replace(FILE, layer_facts=(LayerFacts(weights=GB, products=1000),))
+    members = announcing(Capacity(memory_bytes=16 * GB, speed=slow))
+    assert prompts_seen(members, {file.name: file}, tokens=600) == 150.0
+    # 20,000 tokens see 200 million others: 200 s for a thousand products each, and 20 s for the rest.
+    assert prompts_seen(members, {file.name: file}, tokens=20_000) == 0.0
+
+
+def test_a_passive_node_corrects_the_table_that_it_fetched() -> None:
+    fetched = msgspec.structs.replace(
+        RoutingSnapshot(version=1, node=node_id(9)),
+        models=models([theirs(200)]),
+    )
+    table = RoutingTable(config())
+    table.learn(fetched)
+    event = ContextRefused(node=node_id(200), model=M, term=fetched.models[M].targets[0].term, tokens=900)
+    assert table.refused_context(event, [], 1.0) is not None
+    snapshot = routed(table, [], 1.0)
+    assert snapshot is not None
+    assert (snapshot.models[M].context, snapshot.models[M].targets[0].context) == (900, 900)
+    assert [one.seen for one in snapshot.corrections] == [900]
+
+
+def lending(offered: int) -> Member:
+    return member(2, split=SplitState(model=M, memory_bytes=offered))
+
+
+def test_memory_that_a_worker_announces_and_does_not_give_is_shown_until_it_announces_less() -> None:
+    table = RoutingTable(config())
+    failed = SplitFailed(node=HOST, model=M, memory_bytes=3000)
+    made = table.part_failed(failed, [lending(4000)], 1.0)
+    assert made is not None
+    assert (made.times, made.announced, made.seen) == (1, 4000, 3000)
+    snapshot = routed(table, [lending(4000)], 1.0)
+    assert snapshot is not None
+    assert [one.kind for one in snapshot.corrections] == [Kind.MEMORY]
+    made = table.part_failed(failed, [lending(4000)], 2.0)
+    assert made is not None
+    assert made.times == 2
+    # It has noticed itself.
+    assert table.part_failed(failed, [lending(2400)], 3.0) is None
+    snapshot = routed(table, [lending(2400)], 3.0)
+    assert snapshot is not None
+    assert snapshot.corrections == ()
+
+
+def test_distrusted_hosts_stay_targets_and_are_named() -> None:
+    """They answer other nodes' clients as ever; only this node's API leaves them out."""
+    table = RoutingTable(config())
+    other = member(2, serving("m"))
+    before = rebuilt(table, other)
+    table.distrust([(M, node_id(2))])
+    after = rebuilt(table, other)
+    assert before is not None
+    assert after is not None
+    assert after.distrusted == {(M, node_id(2))}
+    assert after.models == before.models
+    table.distrust([])
+    forgotten = rebuilt(table, other)
+    assert forgotten is not None
+    assert same_routes(forgotten, before)

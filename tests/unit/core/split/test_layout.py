@@ -12,7 +12,6 @@ from mesh_llm.core.split.layout import (
     divide_layers,
     group_fits,
     left_out,
-    pipeline_groups,
     pipelined_tokens,
     plan_split,
 )
@@ -201,20 +200,6 @@ def groups(plan: LaunchPlan) -> int:
     return plan.split.groups
 
 
-@pytest.mark.parametrize(
-    ("machines", "slots", "count"),
-    # One where there is one slot, or little to gain; never more than machines; each with the same number of slots.
-    [(2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 8, 2), (2, 7, 1), (3, 9, 3), (3, 8, 2), (4, 16, 4), (2, 32, 2), (8, 32, 4)],
-)
-def test_engines_follow_from_machines_and_slots(machines: int, slots: int, count: int) -> None:
-    assert pipeline_groups(machines, slots, None) == count
-
-
-def test_a_user_says_how_many_engines() -> None:
-    assert [pipeline_groups(2, 4, most) for most in (1, 2, 3, 4)] == [1, 2, 2, 4]
-    assert pipeline_groups(2, 1, 4) == 1
-
-
 def test_engines_take_memory_of_every_node_and_only_what_is_left() -> None:
     one = laid_out(ON_PROCESSORS[:2], 8)
     assert groups(one) == 1
@@ -227,6 +212,7 @@ def test_engines_take_memory_of_every_node_and_only_what_is_left() -> None:
     grown = [b.memory_bytes - a.memory_bytes for a, b in zip(one.split.shares, two.split.shares, strict=True)]
     assert grown == [memory.host + layers(two)[0] * memory.layer_weights, memory.worker_engine]
     # A worker that has just enough for one.
+    assert two.split.groups_why
     share = one.split.workers[0]
     tight = [ON_PROCESSORS[0], MemoryOffer(node=share.node, memory_bytes=share.memory_bytes, on_processor=True)]
     assert groups(laid_out(tight, 8, groups=None, shares=(10.0, 10.0))) == 1

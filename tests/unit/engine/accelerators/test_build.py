@@ -10,7 +10,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators import build
 from mesh_llm.engine.accelerators.build import Step
 from mesh_llm.engine.accelerators.recipe import RECIPES, Examined
-from mesh_llm.engine.sources.embedded.backends import VULKAN
+from mesh_llm.engine.sources.embedded.loading import VULKAN
 
 CONFIGURE = 'echo "configure $*"; mkdir -p "$4"'
 

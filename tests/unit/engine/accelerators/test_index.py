@@ -25,7 +25,7 @@ from mesh_llm.engine.accelerators.index import (
     publisher_indexes,
 )
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
-from mesh_llm.engine.sources.embedded.backends import CUDA, ROCM, VULKAN
+from mesh_llm.engine.sources.embedded.loading import CUDA, ROCM, VULKAN
 
 AT = "https://host.example/whl/vulkan"
 PAGE = f"{AT}/{PACKAGE}/"

@@ -17,8 +17,8 @@ from mesh_llm.engine.accelerators.installation import AUTO, Offer, install, inte
 from mesh_llm.engine.accelerators.recipe import Examined
 from mesh_llm.engine.accelerators.selftest import Passed
 from mesh_llm.engine.installation import Part
-from mesh_llm.engine.sources.embedded import backends, plugin
-from mesh_llm.engine.sources.embedded.backends import CUDA, ROCM, VULKAN
+from mesh_llm.engine.sources.embedded import backends, loading, plugin
+from mesh_llm.engine.sources.embedded.loading import CUDA, ROCM, VULKAN
 from mesh_llm.engine.spec import PartState
 
 NVIDIA = Card(vendor=Vendor.NVIDIA, name="RTX 4090", architecture="89", driver="NVIDIA 580", cuda=(13, 0))
@@ -55,7 +55,7 @@ class Workshop:
     def _no_archive(self, _: Path) -> None:
         """It is to be downloaded."""
 
-    def _archive(self, _cache: Path, _say: object) -> Path:
+    def _archive(self, _cache: Path, _say: object, _given: Path | None) -> Path:
         return Path("archive")
 
     def _fetch(self, _cache: Path, name: str, _say: object) -> None:
@@ -126,7 +126,7 @@ def test_what_was_built_and_tested_is_loaded(workshop: Workshop) -> None:
     assert (part.card, part.driver, part.tested) == ("Arc", "xe", "tested on Vulkan0: 20 operators, 24 tokens of text")
     library = workshop.directory / "libggml-vulkan.so"
     assert library.read_text() == "vulkan 1"
-    assert backends.load_arguments(workshop.cache) == (backends.LOAD, str(library))
+    assert backends.load_arguments(workshop.cache) == (loading.LOAD, str(library))
     assert interrupted(workshop.cache) is None
     assert workshop.steps[-1].name == "done"
     workshop.install()

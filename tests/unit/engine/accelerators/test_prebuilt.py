@@ -13,8 +13,8 @@ from mesh_llm.engine.accelerators.index import Index, Wheel
 from mesh_llm.engine.accelerators.installation import AUTO, Offer, install, interrupted, offer, remove
 from mesh_llm.engine.accelerators.recipe import Examined
 from mesh_llm.engine.installation import Part, digest
-from mesh_llm.engine.sources.embedded import backends
-from mesh_llm.engine.sources.embedded.backends import CUDA, VULKAN
+from mesh_llm.engine.sources.embedded import backends, loading
+from mesh_llm.engine.sources.embedded.loading import CUDA, VULKAN
 
 ASKED = Index(address="https://host.example/whl")
 STRICT = Index(address="https://host.example/whl", strict=True)
@@ -126,7 +126,7 @@ def test_what_was_installed_is_loaded_and_takes_the_place_of_a_build(shelf: Shel
     assert shelf.offer(VULKAN, INTEL).ready
     part = shelf.install(shelf.offer(VULKAN, INTEL, force=True), force=True)
     assert shelf.there() == [part.file]
-    assert backends.load_arguments(shelf.workshop.cache) == (backends.LOAD, str(shelf.workshop.directory / part.file))
+    assert backends.load_arguments(shelf.workshop.cache) == (loading.LOAD, str(shelf.workshop.directory / part.file))
     assert shelf.texts("done")[-1] == "The prebuilt engine is ready: all right."
     again = shelf.install(shelf.offer(VULKAN, INTEL, force=True), force=True)
     assert shelf.there() == [again.file]

@@ -8,7 +8,7 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.accelerators import recipe, toolbox
 from mesh_llm.engine.accelerators.cards import Card, Vendor
 from mesh_llm.engine.accelerators.recipe import Examined
-from mesh_llm.engine.sources.embedded.backends import CUDA, ROCM, VULKAN
+from mesh_llm.engine.sources.embedded.loading import CUDA, ROCM, VULKAN
 
 NVIDIA = Card(vendor=Vendor.NVIDIA, name="RTX 4090", architecture="89", driver="NVIDIA 580", cuda=(13, 0))
 AMD = Card(vendor=Vendor.AMD, name="RX 7900", architecture="gfx1100", driver="amdgpu")

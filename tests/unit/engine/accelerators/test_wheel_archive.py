@@ -167,6 +167,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path, cut: int) -> None:
     assert caught.value.code == "wheel_wrong"
 
 
+def test_a_file_that_begins_before_the_archive_is_refused(tmp_path: Path) -> None:
+    wheel = write_wheel(tmp_path / wheel_name(), small_files())
+    content = bytearray(wheel.read_bytes())
+    # In the end record (22 bytes): where the list of files begins. Larger than true, so that all offsets get negative.
+    content[-6:-2] = (int.from_bytes(content[-6:-2], "little") + (1 << 20)).to_bytes(4, "little")
+    wheel.write_bytes(content)
+    (tmp_path / "into").mkdir()
+    with pytest.raises(MeshError, match="would begin before") as caught:
+        unpack(wheel, tmp_path / "into")
+    assert caught.value.code == "wheel_wrong"
+
+
 def test_only_nvidias_libraries_are_fetched() -> None:
     requires = ["nvidia-cublas-cu12>=12.8", "NVIDIA_cuda.runtime", 'gguf; extra == "all"', "msgspec>=0.1"]
     assert to_fetch("w.whl", requires) == ("nvidia-cublas-cu12>=12.8", "NVIDIA_cuda.runtime")

@@ -138,6 +138,18 @@ def test_layers_that_only_predict_ahead_have_no_cache() -> None:
     assert facts(extra={"llama.nextn_predict_layers": 1}).kv_bytes_per_token == 3 * 2 * 128 * 2
 
 
+@pytest.mark.parametrize(
+    ("architecture", "head", "layers"),
+    [("glm4moe", "blk.3.nextn.eh_proj.weight", 1), ("glm4moe", "blk.3.nextn", 0),
+     ("llama", "blk.3.nextn.eh_proj.weight", 0)],
+)  # fmt: skip
+def test_heads_that_guess_count_where_they_are_there_and_known(architecture: str, head: str, layers: int) -> None:
+    metadata = llama_metadata(architecture=architecture, extra={f"{architecture}.nextn_predict_layers": 1})
+    found = read_facts([parsed(metadata, [*llama_tensors(), Tensor(head, (256, 512))])], "m")
+    assert (found.mtp_layers, found.mtp_row) == (layers, layers * 2 * 128 * 2)
+    assert found.kv_bytes_per_token == 3 * 2 * 128 * 2
+
+
 def test_experts_widen_the_computation() -> None:
     extra: dict[str, Value] = {"qwen3moe.expert_used_count": 8, "qwen3moe.expert_feed_forward_length": 768}
     found = facts(architecture="qwen3moe", width=2048, heads=32, kv_heads=4, feed_forward=768, extra=extra)

@@ -135,3 +135,35 @@ def test_a_chosen_draft_is_checked(tmp_path: Path) -> None:
     (tmp_path / "small.gguf").unlink()
     with pytest.raises(MeshError, match="cannot be read: No such file"):
         require_draft(big, drafts["small"])
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "says"),
+    [(96, [0, 1, 2], ""), (64, [0, 1, 2], "hidden states of 64 numbers"), (96, [0, 1, 3], "it reads layer 3")],
+)
+def test_a_draft_that_reads_hidden_states_is_of_one_model(
+    tmp_path: Path, width: int, layers: list[int], says: str
+) -> None:
+    model(tmp_path / "big.gguf", width=96, layers=2)
+    made = llama_metadata(architecture="eagle3", tokens=TOKENS, width=64, layers=1)
+    made |= {"eagle3.target_hidden_size": width, "eagle3.target_layers": layers}
+    write(tmp_path / "made.gguf", made, llama_tensors(width=64, layers=1))
+    found, big = library(tmp_path)
+    draft = found.drafts[ModelName("made")]
+    if not says:
+        require_draft(big, draft)
+        return
+    with pytest.raises(MeshError, match=says):
+        require_draft(big, draft)
+
+
+def test_not_every_architecture_gives_a_draft_its_hidden_states(tmp_path: Path) -> None:
+    model(tmp_path / "big.gguf", width=96, layers=2)
+    made = llama_metadata(architecture="eagle3", tokens=TOKENS, width=64, layers=1)
+    write(tmp_path / "made.gguf", made, llama_tensors(width=64, layers=1))
+    found, big = library(tmp_path)
+    draft = found.drafts[ModelName("made")]
+    require_draft(big, draft)
+    other = replace(big, facts=msgspec.structs.replace(big.facts, architecture="glm4moe"))
+    with pytest.raises(MeshError, match="no hidden states of glm4moe models"):
+        require_draft(other, draft)

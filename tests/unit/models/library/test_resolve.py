@@ -68,6 +68,7 @@ def test_what_the_catalogue_or_a_source_means_may_be_here_already(tmp_path: Path
     [
         ("nothing-like-it", "model_not_found", "hf:OWNER/REPO"),
         ("32b", "model_ambiguous", "qwen3-32b"),
+        ("", "model_not_found", "is empty"),
         ("./no.gguf", "model_not_found", "no file"),
         ("hf:nothing", "source_invalid", "hf:OWNER/REPO"),
     ],

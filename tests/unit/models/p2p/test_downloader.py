@@ -91,6 +91,19 @@ async def test_a_node_that_dies_is_made_up_for(mesh: Mesh, model: Path) -> None:
     assert not mesh.failures[dying].liar
 
 
+@pytest.mark.parametrize("silent", [1, 2])
+async def test_a_node_whose_tcp_is_silent_is_asked_once_more(mesh: Mesh, model: Path, silent: int) -> None:
+    node = mesh.nodes[mesh.add(1, model)]
+    node.silent = silent
+    if silent == 1:
+        (path,), _ = await mesh.take(model)
+        assert content(path) == content(model)
+    else:
+        with pytest.raises(NoSeedersError, match="do not come by TCP"):
+            await mesh.take(model)
+    assert node.opened == 2
+
+
 async def test_what_has_arrived_is_not_taken_again(mesh: Mesh, model: Path) -> None:
     size = len(content(model))
     mesh.add(1, model, spoil=lambda end: Spoiled(end, die_at=4 * CHUNK_BYTES))

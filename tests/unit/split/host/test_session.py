@@ -11,10 +11,10 @@ from mesh_llm.core.types.errors import MeshError
 from mesh_llm.core.types.ports import ByteStream
 from mesh_llm.runtime.supervision import TaskScope
 from mesh_llm.split.framing import ControlStream, ProtocolError
+from mesh_llm.split.host.packing import LinkFormats
 from mesh_llm.split.host.session import SplitEnd, SplitHost, WorkerError, WorkerTarget
 from mesh_llm.split.host.transfers import DirectTransfers
 from mesh_llm.split.host.tunnel import HostTunnel, WorkerContext
-from mesh_llm.split.host.wire_formats import LinkFormats
 from mesh_llm.split.host.worker_info import WorkerInfo, WorkerStats
 from mesh_llm.wire.ggml_rpc.activations import ALL_FORMATS, EXACT, Format, WireFormats
 from mesh_llm.wire.ggml_rpc.protocol import MAX_SOURCES, TENSOR_BYTES, V8, Command, reply, request

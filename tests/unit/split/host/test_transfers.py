@@ -100,7 +100,7 @@ async def test_other_contents_graphs_turns_and_tensors_are_not_pushed() -> None:
     pushes.computes(1, (0, 6), OTHER)
     assert pushes.get(1, get_payload())[1] is None
     pushes.computes(1, (0, 5), None)
-    assert pushes.get(1, get_payload(address=0x1100))[1] is None
+    assert pushes.get(1, get_payload(b"norm-4", address=0x1100))[1] is None
     transfer = handed_out(pushes)
     pushes.set(2, set_payload(transfer.handle))
     # The second time within one computation is another use: for the host itself, as far as is known.
@@ -201,10 +201,10 @@ def batch(
     return transfer
 
 
-async def test_batches_of_a_prompt_are_pushed_when_two_of_other_lengths_were_copied() -> None:
+async def test_batches_of_a_prompt_are_pushed_when_one_of_another_length_was_copied() -> None:
     pushes = two_workers()
-    assert [batch(pushes, number) is not None for number in range(1, 8)] == [False, False] + [True] * 5
-    assert pushes.relayed == 2
+    assert [batch(pushes, number) is not None for number in range(1, 8)] == [False] + [True] * 6
+    assert pushes.relayed == 1
     # The last one is shorter, and has the same operators.
     assert batch(pushes, 9, rows=33) is not None
     await pushes.settled(pushes.order, 0.1)
@@ -224,22 +224,6 @@ async def test_what_differs_in_more_than_its_length_is_not_pushed(other: dict[st
     for number in (1, 2, 3):
         batch(pushes, number)
     assert batch(pushes, 9, **other) is None
-
-
-async def test_the_same_graph_twice_is_no_evidence_for_others() -> None:
-    pushes = two_workers()
-    assert batch(pushes, 1) is None
-    assert batch(pushes, 1) is not None
-    assert batch(pushes, 2) is None
-
-
-async def test_graphs_that_copied_to_different_places_are_evidence_for_none() -> None:
-    pushes = two_workers()
-    pushes.connected(3, 1)
-    for number, connection in ((1, 2), (2, 3), (3, 2), (4, 3)):
-        assert batch(pushes, number, connection=connection) is None
-    assert batch(pushes, 5, connection=3) is None
-    assert batch(pushes, 6, connection=3) is not None
 
 
 async def test_a_part_of_a_tensor_is_not_expected() -> None:

@@ -218,7 +218,7 @@ async def test_what_no_worker_pushes_ends_its_stream_and_not_the_session(lab: La
     serving = lab.scope.spawn(lab.session.serve_push(there), "push")
     assert await here.read(1) == READY
     await here.write(bad)
-    await asyncio.wait_for(serving, 5.0)
+    await asyncio.wait_for(serving, 20.0)
     assert not lab.life.done()
     good = await lab.push(2)
     assert await still(good.writes) >= PIECE

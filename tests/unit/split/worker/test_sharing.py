@@ -123,6 +123,36 @@ async def test_an_engine_may_free_shared_weights_itself(scope: TaskScope) -> Non
     assert "was not allocated by this session" in first.refused
 
 
+@pytest.mark.parametrize("what", ["set", "get", "part", "graph", "again", "reference", "init", "free"])
+async def test_weights_that_an_engine_has_freed_are_not_there_for_it_any_more(scope: TaskScope, what: str) -> None:
+    digest = blake3(SECOND).digest()
+    pool = Pool(scope, weights=OnDisk(SECOND))
+    first, second = await pool.engine([digest]), await pool.engine([digest])
+    weights, _, scratch = await load(first, b"a")
+    await load(second, b"b")
+    free = request(Command.FREE_BUFFER, struct.pack("<Q", weights[0]))
+    assert await first.tell(free)
+    there, here = tensor(weights, 0, 512), tensor(scratch, 64, 512, b"a")
+    sent = {
+        "set": setting(tensor(weights, 0, 1024), FIRST),
+        "get": getting(there),
+        "part": getting(tensor((scratch[0], weights[1]), 0, 64)),
+        "graph": computing(2, there, here),
+        # Computed before, with what is gone.
+        "again": recomputing(1),
+        "reference": referring(tensor(weights, 1024, 512), 0),
+        "init": request(Command.INIT_TENSOR, there.pack()),
+        "free": free,
+    }
+    assert not await first.tell(sent[what])
+    assert first.refused
+    # They are still there for the one that uses them.
+    assert await second.ask(getting(tensor(weights, 0, 1024)), 1024) == FIRST
+    assert await second.tell(recomputing(1)), second.refused
+    assert pool.server.computed[-1] == b"b"
+    assert pool.server.wrong == []
+
+
 async def test_graphs_of_two_engines_have_the_same_numbers(scope: TaskScope) -> None:
     pool = Pool(scope)
     first, second = await pool.engine(), await pool.engine()
@@ -394,3 +424,36 @@ async def test_no_mixture_of_requests_reaches_what_is_anothers(scope: TaskScope,
             actor.check(pool.server.buffers)
     assert refused > 20
     assert passed > 40
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_requests_of_several_engines_arrive_in_pieces_of_any_size(scope: TaskScope, seed: int) -> None:
+    """Pieces of one engine's requests lie between those of others'. Each gets its own answers, of its own memory."""
+    chance = random.Random(seed)
+    pool = Pool(scope)
+    engines = {marker: await pool.engine() for marker in (b"a", b"b", b"c")}
+    memory = {marker: await load(engine, marker) for marker, engine in engines.items()}
+    for _ in range(25):
+        pieces: dict[bytes, list[bytes]] = {}
+        expected: dict[bytes, bytes] = {}
+        for marker, (weights, cache, scratch) in memory.items():
+            size = 64 * chance.randrange(1, 9)
+            # Not where the graph writes.
+            buffer, at = chance.choice([(cache, 1024), (scratch, 2048)])
+            place = tensor(buffer, at, size, marker)
+            data = bytes([marker[0], chance.randrange(256)]) * (size // 2)
+            frames = [chance.choice(weights_of(weights)), recomputing(1), setting(place, data)]
+            chance.shuffle(frames)
+            whole = b"".join((*frames, getting(place)))
+            cuts = sorted(chance.sample(range(1, len(whole)), chance.randrange(1, 6)))
+            pieces[marker] = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+            expected[marker] = data
+        while waiting := [marker for marker, left in pieces.items() if len(left) > 1]:
+            marker = chance.choice(waiting)
+            await engines[marker].stream.write(pieces[marker].pop(0))
+        asked = [engines[marker].ask(pieces[marker][0], len(expected[marker])) for marker in engines]
+        assert await asyncio.gather(*asked) == [expected[marker] for marker in engines]
+    assert pool.server.wrong == []
+    for marker, (weights, *_) in memory.items():
+        assert bytes(pool.server.buffers[weights[0]][1][:1536]) == FIRST + SECOND
+        assert engines[marker].refused == ""

@@ -5,6 +5,7 @@ import pytest
 from mesh_llm.wire.http.http1 import (
     END,
     LAST_CHUNK,
+    Headers,
     Http1Error,
     Http1Limits,
     RequestHead,
@@ -14,6 +15,7 @@ from mesh_llm.wire.http.http1 import (
     chunk,
     end_to_end,
     header,
+    hint_bytes,
     host_of,
     is_loopback_address,
     is_loopback_name,
@@ -325,6 +327,21 @@ def test_ambiguous_and_malformed_responses_are_refused(head: bytes):
         parser.feed(head)
     with pytest.raises(Http1Error):
         parser.feed(b"more")
+
+
+def test_headers_of_interim_responses_are_handed_over_and_no_part_of_the_response():
+    given: list[Headers] = []
+    parser = ResponseParser(hinted=given.append)
+    first, second = [(b"x-a", b"1")], [(b"x-a", b"2"), (b"x-b", b"3")]
+    data = hint_bytes(first) + hint_bytes(second) + response_bytes(200, [(b"x-c", b"4")], 2) + b"ok"
+    events = [event for at in range(len(data)) for event in parser.feed(data[at : at + 1])]
+    assert given == [tuple(first), tuple(second)]
+    assert isinstance(events[0], ResponseHead)
+    assert (events[0].status, header(events[0].headers, b"x-a"), header(events[0].headers, b"x-c")) == (200, None, b"4")
+    # Without anybody who wants them they are skipped, as by earlier versions.
+    assert ResponseParser().feed(data)[0] == events[0]
+    with pytest.raises(Http1Error):
+        hint_bytes([(b"x-a", b"1\r\nx-b: 2")])
 
 
 def test_a_bad_chunk_size_is_refused():

@@ -129,7 +129,7 @@ def test_the_order_of_a_dictionary_does_not_change_the_signed_bytes() -> None:
 def test_fields_of_later_versions_are_skipped() -> None:
     raw = msgspec.msgpack.decode(encode_announcement(FULL))
     raw["color"] = {"of": "paint"}
-    raw["serving"][0] += [0.0, "later"]
+    raw["serving"][0] += [0.0, "", "later"]
     assert decode_announcement(msgspec.msgpack.encode(raw)) == FULL
 
 

@@ -2,28 +2,35 @@
 
 import base64
 from hashlib import sha256
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.receipts import ASKER, HOST, OTHER, chained, read, receipt, signed, signer, step, verify
+from tests.support.receipts import ASKER, HOST, OTHER, begun, chained, read, receipt, signed, signer, step, verify
+from tests.support.receipts import first as begins
 from tests.support.receipts import statement as said
 
 from mesh_llm.core.trust.receipts import Checked, examine, holds
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.model import MAX_SPLIT_NODES
-from mesh_llm.core.types.receipt import MAX_STATEMENT, MAX_STEPS, Outcome, Statement
+from mesh_llm.core.types.receipt import MAX_FIRST, MAX_STATEMENT, MAX_STEPS, FirstPart, Outcome, Statement
 from mesh_llm.wire.codec import Malformed, encode, statement
 from mesh_llm.wire.mesh.receipts import (
+    FIRST,
     MAX_TEXT,
     PREFIX,
     RECEIPT,
     STATEMENT,
+    first_text,
+    parse_first_text,
+    read_first,
     read_receipt,
     read_statement,
     request_digest,
+    says_the_same,
+    sign_first,
     sign_statement,
 )
 
@@ -79,6 +86,64 @@ def test_noise_never_raises(noise: bytes) -> None:
     assert not holds_up(packed(noise))
     assert not holds_up(noise.decode("latin-1"))
     assert isinstance(read_statement(HOST, noise, signer(HOST)(statement(STATEMENT, noise)), verify), Malformed)
+    assert isinstance(read_first(HOST, signer(HOST)(statement(FIRST, noise)) + noise, verify), Malformed)
+    assert isinstance(read_first(HOST, noise, verify), Malformed)
+    assert not parse_first_text(noise) or first_text(parse_first_text(noise)) == noise
+
+
+@given(at=st.integers(0, 10_000), to=st.sampled_from(b"AQgw5_-z+/=\n "), cut=st.booleans())
+def test_no_changed_or_cut_first_part_is_taken_for_its_hosts(at: int, to: int, cut: bool) -> None:
+    made = begins()
+    text = first_text(sign_first(made, signer(HOST)))
+    assert read_first(HOST, parse_first_text(text), verify) == made
+    at %= len(text)
+    changed = text[:at] if cut else text[:at] + bytes([to]) + text[at + 1 :]
+    assert changed == text or isinstance(read_first(HOST, parse_first_text(changed), verify), Malformed)
+
+
+def test_a_first_part_is_no_statement_and_of_one_host_only() -> None:
+    signed_first = sign_first(begins(), signer(HOST))
+    signature, payload = signed_first[:64], signed_first[64:]
+    assert isinstance(read_statement(HOST, payload, signature, verify), Malformed)
+    assert isinstance(read_first(OTHER, signed_first, verify), Malformed)
+    made, of_made = sign_statement(said(), signer(HOST))
+    assert isinstance(read_first(HOST, of_made + made, verify), Malformed)
+    assert isinstance(read_first(HOST, signed_first + b"\xc0", verify), Malformed)
+
+
+def test_a_header_that_is_too_long_is_no_first_part() -> None:
+    assert parse_first_text(first_text(b"x" * MAX_FIRST))
+    assert not parse_first_text(first_text(b"x" * (MAX_FIRST + 1)))
+    assert not parse_first_text(b"A" * (1 << 16))
+
+
+def test_a_first_part_has_the_statements_fields_that_are_known_before_the_answer() -> None:
+    """They are declared twice, since the order of fields is that of the signed bytes: alike, and in the same order."""
+    first, whole = (list(get_type_hints(kind, include_extras=True).items()) for kind in (FirstPart, Statement))
+    assert first == [one for one in whole if one in first]
+    assert len(whole) - len(first) == 8
+
+
+def test_a_first_part_says_the_same_as_the_end_or_not() -> None:
+    key = signer(HOST)
+    assert says_the_same(sign_first(begins(), key), said())
+    assert says_the_same(sign_first(begins(content=b""), key), said())
+    assert not says_the_same(sign_first(begins(content=b"x" * 32), key), said())
+    assert not says_the_same(sign_first(begins(context=1), key), said())
+    assert not says_the_same(b"noise", said())
+
+
+def test_a_step_without_a_first_part_has_the_bytes_that_it_always_had() -> None:
+    """Receipts of earlier versions are read, and earlier versions read those of whole answers."""
+    (steps,) = (msgspec.msgpack.decode(unpacked(TEXT)[1])[9],)
+    assert [len(one) for one in steps] == [12, 12]
+    taken = receipt(begun(step(outcome=Outcome.LOST)))
+    fields = msgspec.msgpack.decode(unpacked(taken)[1])
+    assert [len(one) for one in fields[9]] == [13]
+    assert isinstance(read(taken).firsts[0], FirstPart)
+    # An empty one is left out: there is one form only.
+    fields[9][0][12] = b""
+    assert isinstance(read_receipt(packed(encode(fields)), verify), Malformed)
 
 
 @pytest.mark.parametrize("more", [["extra"], [None]])
@@ -116,7 +181,14 @@ def test_the_longest_statement_and_receipt_fit_and_a_longer_one_is_refused() -> 
     assert read_statement(HOST, payload, signature, verify) == most
     steps = chained([(HOST, Outcome.REFUSED, False)] * MAX_STEPS)
     whole = tuple(
-        msgspec.structs.replace(one, workers=workers, fingerprint="\N{HEDGEHOG}" * 256, statement=b"x" * MAX_STATEMENT)
+        msgspec.structs.replace(
+            one,
+            workers=workers,
+            fingerprint="\N{HEDGEHOG}" * 256,
+            statement=b"x" * MAX_STATEMENT,
+            signature=b"x" * 64,
+            first=b"x" * MAX_FIRST,
+        )
         for one in steps
     )
     text = receipt(*whole)

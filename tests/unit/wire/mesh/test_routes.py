@@ -1,3 +1,5 @@
+import msgspec
+
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
@@ -80,3 +82,8 @@ def test_values_out_of_bounds_are_malformed():
     assert isinstance(decode_routes_request(encode(RoutesRequest(b"epoch123", 7, 61.0))), Malformed)
     assert isinstance(decode_routes_request(encode(RoutesRequest(b"too long an epoch", 7))), Malformed)
     assert isinstance(decode_routes_reply(encode(RouteTable(b"e", 1, hosts=(RouteHost("nonsense"),)))), Malformed)
+
+
+def test_nobody_learns_whom_a_node_distrusts():
+    judged = msgspec.structs.replace(SNAPSHOT, distrusted=frozenset({(NAME, OTHER)}))
+    assert encode(table_of(judged, b"epoch123", HOSTS)) == encode(table_of(SNAPSHOT, b"epoch123", HOSTS))

@@ -1,12 +1,13 @@
 """What two nodes say on MEASURE and MODEL streams, and the speed in announcements."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.core_values import node_id
 
 from mesh_llm.core.types.ids import NodeId
-from mesh_llm.core.types.model import Rates, Speed
+from mesh_llm.core.types.model import AttentionRates, Rates, Speed
 from mesh_llm.wire.codec import Malformed, encode
 from mesh_llm.wire.mesh.announcement import SPEED
 from mesh_llm.wire.mesh.streams import (
@@ -37,7 +38,8 @@ from mesh_llm.wire.mesh.streams import (
     reply_head,
 )
 
-rates = st.builds(Rates, **{name: st.integers(0, 2000).map(lambda n: n * 10**6) for name in ("f16", "q8", "q4")})
+millions = st.integers(0, 2000).map(lambda number: number * 10**6)
+rates = st.builds(Rates, f16=millions, q8=millions, q4=millions)
 speeds = st.builds(
     Speed,
     cores=st.integers(0, 512),
@@ -47,12 +49,25 @@ speeds = st.builds(
     step_ns=st.integers(0, 10**6),
     full_step_ns=st.integers(0, 10**6),
     batch=st.one_of(st.just(Rates()), rates),
+    attention=st.one_of(
+        st.just(AttentionRates()),
+        st.builds(
+            AttentionRates, **{one: st.integers(0, 2000).map(lambda n: n * 10**6) for one in ("prompt", "token")}
+        ),
+    ),
 )
 
 
 @given(speeds)
 def test_speed_round_trip(speed: Speed) -> None:
     assert SPEED.read(SPEED.write(speed)) == speed
+
+
+@given(speeds)
+def test_a_speed_of_a_node_that_knows_no_attention_is_read(speed: Speed) -> None:
+    sent = msgspec.json.decode(msgspec.json.encode(SPEED.write(speed)))[:7]
+    read = SPEED.read(msgspec.convert(sent, SPEED.type))
+    assert read == msgspec.structs.replace(speed, attention=AttentionRates())
 
 
 @given(

@@ -188,14 +188,19 @@ def human_number(count: float) -> str:
     return f"{count:.0f}"
 
 
+def named_quantization(name: str) -> str:
+    """How a model is quantised, as its name says; empty: it says nothing."""
+    found = _QUANT.search(name)
+    return "" if found is None else found[1].upper().replace("FP16", "F16")
+
+
 def quantization(name: str, facts: ModelFacts | None, props: Props | None) -> str:
     """How a model is quantised, as in `Q4_K_M`: as its engine says, by its name, or by its bits per weight."""
     if props is not None and props.model_ftype:
         # As in `Q4_K - Medium`, `all F32`, `(guessed) IQ4_XS - 4.25 bpw` (llama.cpp, `llama_ftype_name`).
         kind, _, rest = props.model_ftype.replace("(guessed)", "").replace("all ", "").strip().partition(" - ")
         return kind.partition(" ")[0] + _STEPS.get(rest.partition(" ")[0], "")
-    named = _QUANT.search(name)
-    if named is not None:
-        return named[1].upper().replace("FP16", "F16")
+    if named := named_quantization(name):
+        return named
     bits = facts.weight_bits if facts is not None else 0.0
     return next((word for wanted, word in _BY_BITS if abs(bits - wanted) < 0.05), "unknown")

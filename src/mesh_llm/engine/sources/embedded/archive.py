@@ -15,8 +15,8 @@ from typing import Any
 
 from mesh_llm.core.types.errors import MeshError, size
 from mesh_llm.engine.installation import build_directories, writable_directory
+from mesh_llm.engine.sources.embedded.ggml import PACKAGE
 
-PACKAGE = "xllamacpp"
 VERSION = "2026.10.11549"
 
 SDIST_SHA256 = "c17ee1163006f70726abb9f72137830818f3d8cb60bfc34cb232d08428eaa22b"
@@ -48,13 +48,22 @@ def find_archive(cache: Path) -> Path | None:
     return None
 
 
-def provide_archive(cache: Path, progress: Progress) -> Path:
+def provide_archive(cache: Path, progress: Progress, given: Path | None = None) -> Path:
     """The checked archive; it is downloaded unless it is there, and kept. Blocks.
+
+    Args:
+        cache: the home's cache directory.
+        progress: called at each step.
+        given: the archive, if the user has it; it must be the pinned one, and nothing else is looked for.
 
     Raises:
         MeshError: `package_client_missing`, `plugin_download_failed`, `plugin_source_wrong`, `plugin_not_writable`,
             `disk_full`.
     """
+    if given is not None:
+        progress("verify", f"Checking {given.name}.")
+        check_digest(given)
+        return given
     if (found := find_archive(cache)) is not None:
         return found
     directory = writable_directory(_directories(cache))

@@ -1,38 +1,20 @@
 """Which accelerator's plugin the embedded engine's children load beside the wheel, and what is known of the others.
 
-A child gets the plugin's path on its command line. It loads it before it lists devices, which then appear under their
-own names, as in `Vulkan0`. Where two plugins show one card, models would be planned for it twice: so one is loaded, the
-one that was installed last.
+Where two plugins show one card, models would be planned for it twice: so one is loaded, the one that was installed
+last. `loading.py` is the children's side.
 """
 
-import ctypes
-import importlib
-import sys
 from pathlib import Path
 
 import msgspec
 
 from mesh_llm.engine.installation import Found, Part, look, manifests
-from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
+from mesh_llm.engine.sources.embedded.archive import VERSION
+from mesh_llm.engine.sources.embedded.loading import KINDS, LOAD
 from mesh_llm.engine.sources.embedded.plugin import directories
 from mesh_llm.engine.spec import EnginePart, PartState
 
-CUDA, ROCM, VULKAN = "cuda", "rocm", "vulkan"
-
-KINDS = (CUDA, ROCM, VULKAN)
-"""All kinds of accelerators, best first."""
-
 _PREBUILT = "-wheel"
-
-LOAD = "--load"
-"""Before each plugin, or the directory of a prebuilt engine, on a child's command line."""
-
-_FILES = {CUDA: "libggml-cuda.so", ROCM: "libggml-hip.so", VULKAN: "libggml-vulkan.so"}
-
-
-def library_name(kind: str) -> str:
-    """The file name of a kind's plugin."""
-    return _FILES[kind]
 
 
 def prebuilt_name(kind: str) -> str:
@@ -53,52 +35,6 @@ def load_arguments(cache: Path) -> tuple[str, ...]:
     """What a child's command line needs to load it. Blocks."""
     found = chosen(cache)
     return () if found is None else (LOAD, str(found.path))
-
-
-def parse_load(arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """Take the plugins out of a child's arguments: returns the other arguments, and the plugins."""
-    others: list[str] = []
-    plugins: list[Path] = []
-    rest = iter(arguments)
-    for one in rest:
-        if one == LOAD:
-            plugins += use(Path(next(rest)))
-        else:
-            others.append(one)
-    return others, plugins
-
-
-def use(path: Path) -> list[Path]:
-    """Prepare this process, a child, for an accelerator; returns the plugins to load. Before the engine is loaded.
-
-    The directory of a prebuilt engine (`accelerators/prebuilt.py`) comes before the installed wheel. The accelerator is
-    in its library, or in plugins beside it.
-    """
-    if not path.is_dir():
-        return [path]
-    sys.path.insert(0, str(path))
-    importlib.invalidate_caches()
-    sys.dont_write_bytecode = True
-    _load_libraries([*path.glob("nvidia/*/lib/*.so*"), *path.glob("nvidia/*/lib64/*.so*")])
-    return sorted(file for name in _FILES.values() for file in path.glob(f"{PACKAGE}*/{name}"))
-
-
-def _load_libraries(libraries: list[Path]) -> None:
-    """Load NVIDIA's libraries that came as packages, in whatever order they need each other.
-
-    Nothing else tells the loader where they lie. What cannot be loaded is named by the engine's own library, if it
-    needs it.
-    """
-    while libraries:
-        left: list[Path] = []
-        for library in libraries:
-            try:
-                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-            except OSError:
-                left.append(library)
-        if len(left) == len(libraries):
-            return
-        libraries = left
 
 
 def parts(cache: Path) -> tuple[EnginePart, ...]:

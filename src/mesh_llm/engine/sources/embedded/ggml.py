@@ -15,6 +15,9 @@ from typing import Any, NewType
 
 from mesh_llm.engine.spec import DeviceInfo, DeviceKind, RpcWorkerSpec
 
+PACKAGE = "xllamacpp"
+"""The wheel's name, and its module's."""
+
 Device = NewType("Device", int)
 """A `ggml_backend_dev_t`."""
 
@@ -63,15 +66,15 @@ class GgmlError(RuntimeError):
 
 def library_path() -> Path | None:
     """The wheel's shared library; None if the wheel is not installed. Loads nothing."""
-    found = importlib.util.find_spec("xllamacpp")
+    found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         return None
-    return next(iter(sorted(Path(found.origin).parent.glob("xllamacpp*.so"))), None)
+    return next(iter(sorted(Path(found.origin).parent.glob(f"{PACKAGE}*.so"))), None)
 
 
 def wheel() -> Any:
     """The wheel's module, untyped. Loads the library."""
-    return importlib.import_module("xllamacpp")
+    return importlib.import_module(PACKAGE)
 
 
 class Ggml:
@@ -180,23 +183,30 @@ class Ggml:
         )
         return False
 
-    def add_rpc_servers(self, registry: Registry, endpoints: Sequence[str], *, host: bool = False) -> None:
-        """Register the devices of remote servers, in their order; `host`: the processor before them.
+    def add_rpc_servers(
+        self, registry: Registry, endpoints: Sequence[str], *, before: bool = False, after: bool = False
+    ) -> None:
+        """Register the devices of remote servers, in their order; the processor before them, after them, or both.
+
+        Both are devices of their own: llama.cpp computes the norms of a layer on the last device that is the layer's.
 
         ggml aborts the process if a server does not answer.
         """
         add = _AddServer(self._procedure(registry, "ggml_backend_rpc_add_server"))
+        remote = None
         for endpoint in endpoints:
             remote = add(endpoint.encode())
             if not remote:
                 raise GgmlError(f"RPC server {endpoint} lends no device")
-            if host:
+            if before:
                 self._add_host(registry, self._library.ggml_backend_reg_dev_get(remote, 0))
-                host = False
+                before = False
             self._library.ggml_backend_register(remote)
+        if after and remote:
+            self._add_host(registry, self._library.ggml_backend_reg_dev_get(remote, 0))
 
     def _add_host(self, registry: Registry, remote: Device) -> None:
-        """Register the processor a second time, as if it were the first RPC server's device.
+        """Register the processor once more, as if it were an RPC server's device.
 
         llama.cpp knows where a layer ends only if all layers are offloaded, and gives operators without weights to the
         processor last. With layers that stay on the processor, the norm at the beginning of a layer is computed on the

@@ -4,6 +4,9 @@
 // common/speculative.h, which are exported, through the wheel's own table of functions (JUMP_SLOT). Their entries are
 // replaced by functions of this file, which call the original ones. All of them run on the server's own thread.
 //
+// The server hands its queue to another thread around each of these calls, and waits for it afterwards: two handovers a
+// token, of which a small model's token takes less. So what takes no time is called directly.
+//
 // A draft model of the plain kind reads its tokens only when it is to guess. The server has it read every prompt and
 // every token, also those for which it guesses nothing, which costs a pass of the draft for each token.
 
@@ -23,15 +26,20 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <typeinfo>
 #include <vector>
 
 // Most tokens to guess for each answer at the next pass; 0: none; negative: as many as the engine is set to.
 //
 // active: answers in the last pass. tokens: what they got in it. guessed: tokens that were guessed for it.
 // seconds: what it took, with guessing; 0 where it is not known, or was not only of these answers.
+// read: tokens that the draft read for it first, because it had missed them. reading: seconds that this took; they are not
+// in `seconds`.
 // next: answers in the next pass. begun: an answer has begun since the last pass.
 // missing: tokens that the draft has not read, which it would have to read first; of all answers together.
-typedef int (*Decide)(int active, int tokens, int guessed, double seconds, int next, int begun, int missing);
+typedef int (*Decide)(int active, int tokens, int guessed, double seconds, int read, double reading, int next, int begun,
+                      int missing);
 
 namespace guesses {
 
@@ -51,8 +59,15 @@ struct State {
     bool begun = false;
     bool known = false;                  // there was a pass before
     int active = 0, guessed = 0;
+    int read = 0;                        // tokens that the draft read for that pass, before it guessed
+    Clock::duration reading{};           // what it took
     int largest = 0;                     // tokens of the largest batch since the last pass began
     Clock::time_point began;
+    bool none = true;                    // nothing was to be guessed at the last pass
+    const std::type_info * drafting = nullptr;    // the server's work that only guesses; null: not known yet
+    const std::type_info * processing = nullptr;  // and the one that only lets the draft read
+    bool called_draft = false, called_process = false;
+    Clock::duration inside{};            // time in these calls, of the work that runs
 };
 
 inline State state;
@@ -77,8 +92,10 @@ inline int missing(const common_speculative_draft_params & answer, llama_seq_id 
 
 // Let the draft read what it has not read of an answer; false where it cannot.
 inline bool catch_up(common_speculative * spec, const common_speculative_draft_params & answer, llama_seq_id seq) {
+    const auto began = Clock::now();
     auto * memory = llama_get_memory(state.draft);
-    if (missing(answer, seq) < 0) {
+    const int unread = missing(answer, seq);
+    if (unread < 0) {
         return false;
     }
     if (have(seq) > answer.pos0) {
@@ -95,6 +112,10 @@ inline bool catch_up(common_speculative * spec, const common_speculative_draft_p
             return false;
         }
     }
+    // A GPU is still at it. Otherwise the guess would seem to take that time.
+    llama_synchronize(state.draft);
+    state.read += unread;
+    state.reading += Clock::now() - began;
     return true;
 }
 
@@ -139,7 +160,14 @@ inline void begin_and_note(common_speculative * spec, llama_seq_id seq, const ll
 
 inline bool process_if_needed(common_speculative * spec, const common_batch & batch) {
     state.largest = std::max(state.largest, (int) batch.size());
-    return state.draft || process(spec, batch);
+    state.called_process = true;
+    if (state.draft) {
+        return true;
+    }
+    const auto began = Clock::now();
+    const bool done = process(spec, batch);
+    state.inside += Clock::now() - began;
+    return done;
 }
 
 inline void draft_as_decided(common_speculative * spec) {
@@ -167,8 +195,12 @@ inline void draft_as_decided(common_speculative * spec) {
         last.at = answer.pos0;
         unread += state.draft ? std::max(0, missing(answer, seq)) : 0;
     }
-    const double seconds = alone ? std::chrono::duration<double>(now - state.began).count() : 0.0;
-    const int width = state.decide(state.active, tokens, state.guessed, seconds, next, state.begun, unread);
+    const auto in_seconds = [](Clock::duration time) { return std::chrono::duration<double>(time).count(); };
+    const double seconds = alone ? in_seconds(now - state.began - state.reading) : 0.0;
+    const int width = state.decide(
+        state.active, tokens, state.guessed, seconds, state.read, in_seconds(state.reading), next, state.begun, unread);
+    state.read = 0;
+    state.reading = {};
     for (int seq = 0; seq < sequences; seq++) {
         auto & answer = common_speculative_get_draft_params(spec, seq);
         if (answer.drafting && width > 0) {
@@ -188,6 +220,9 @@ inline void draft_as_decided(common_speculative * spec) {
         state.guessed += last.guessed;
     }
     state.active = next;
+    state.none = width == 0;
+    state.called_draft = true;
+    state.inside += Clock::now() - now;
     state.began = now;
     state.largest = 0;
     state.begun = false;
@@ -201,6 +236,41 @@ inline void accept_and_teach(common_speculative * spec, llama_seq_id seq, uint16
         accepted = std::max<int>(accepted, common_speculative_n_max(spec));
     }
     accept(spec, seq, accepted);
+}
+
+using Work = std::function<void()>;
+inline void (*yield)(void * queue, Work && work);
+
+// Runs the server's work while another thread serves the queue; without that if the work takes no time. Which work that
+// is shows the first time: hardly anything is done in it besides one of the calls above.
+inline void yield_if_long(void * queue, Work && work) {
+    const std::type_info & kind = work.target_type();
+    const bool draft_is_quick = &kind == state.drafting && (state.grams || (state.draft && state.none));
+    const bool process_is_quick = &kind == state.processing && (state.grams || state.draft);
+    if (draft_is_quick || process_is_quick) {
+        work();
+        return;
+    }
+    if (state.drafting && state.processing) {
+        yield(queue, std::move(work));
+        return;
+    }
+    state.called_draft = state.called_process = false;
+    state.inside = {};
+    Clock::duration spent{};
+    yield(queue, [&] {
+        const auto began = Clock::now();
+        work();
+        spent = Clock::now() - began;
+    });
+    if (kind == typeid(void) || spent - state.inside > std::chrono::microseconds(20)) {
+        return;
+    }
+    if (state.called_draft && !state.called_process) {
+        state.drafting = &kind;
+    } else if (state.called_process && !state.called_draft) {
+        state.processing = &kind;
+    }
 }
 
 // Puts `own` into the table of the library that has `function`; false if that library does not call it by its table.
@@ -264,6 +334,11 @@ inline int install(Decide decide) {
         }
     }
     state.decide = decide;
+    // Not needed, only faster.
+    yield = reinterpret_cast<decltype(yield)>(dlsym(RTLD_DEFAULT, "_ZN12server_queue14yield_to_queueEOSt8functionIFvvEE"));
+    if (yield) {
+        replace_in_table(reinterpret_cast<void *>(yield), reinterpret_cast<void *>(&yield_if_long));
+    }
     return replace(init, &common_speculative_init, &init_and_look) &&
            replace(begin, &common_speculative_begin, &begin_and_note) &&
            replace(process, &common_speculative_process, &process_if_needed) &&

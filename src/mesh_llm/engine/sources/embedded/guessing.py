@@ -12,6 +12,7 @@ _ALL = -1
 _DECIDE = ctypes.CFUNCTYPE(
     ctypes.c_int,
     *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_double),
+    *(ctypes.c_int, ctypes.c_double),
     *(ctypes.c_int, ctypes.c_int, ctypes.c_int),
 )
 
@@ -23,7 +24,7 @@ class EngineGuesses:
         """Be asked from now on.
 
         Args:
-            library: as `slot_library.load` returns it.
+            library: as `slot_access.load` returns it.
             most: tokens of the widest guess.
             while_it_pays: guess only what gains; else always as much as the engine is set to.
 
@@ -45,12 +46,21 @@ class EngineGuesses:
         return self._budget.guesses
 
     def _decide(
-        self, answers: int, tokens: int, guessed: int, seconds: float, coming: int, begun: int, unread: int
+        self,
+        answers: int,
+        tokens: int,
+        guessed: int,
+        seconds: float,
+        read: int,
+        reading: float,
+        coming: int,
+        begun: int,
+        unread: int,
     ) -> int:
         """The callback, on the server's thread: see `Decide` in guesses.h."""
         budget = self._budget
         if seconds > 0.0:
-            budget.passed(Pass(answers, tokens, guessed, seconds))
+            budget.passed(Pass(answers, tokens, guessed, seconds, read, reading))
         if begun:
             budget.began(coming)
         width = budget.width(coming, unread)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine import compiler
@@ -22,6 +22,7 @@ from mesh_llm.engine.installation import (
     Part,
     digest,
     look,
+    one_process,
     record_failure,
     record_part,
     writable_directory,
@@ -29,7 +30,6 @@ from mesh_llm.engine.installation import (
 from mesh_llm.engine.sources.embedded.archive import (
     VERSION,
     Progress,
-    check_digest,
     no_room,
     provide_archive,
     require_room,
@@ -109,13 +109,11 @@ def install(
     if found is not None and not force:
         return found
     directory = writable_directory(library.places(cache))
-    lock = FileLock(directory.with_name(f"{directory.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+
+    def waits() -> None:
         progress("wait", f"Another mesh-llm on this machine builds {library.title}: waiting for it.")
-        lock.acquire()
-    try:
+
+    with one_process(FileLock(directory.with_name(f"{directory.name}.lock")), waits):
         found = _installed(library.examine(cache))
         if found is not None and (not force or found.part.built >= began):
             return found
@@ -125,8 +123,6 @@ def install(
             raise MeshError(code=failure.code, message=failure.message, hint=failure.hint, status=503)
         with failures_recorded(library, directory):
             return build(library, cache, directory, progress, archive)
-    finally:
-        lock.release()
 
 
 def build(library: Library, cache: Path, directory: Path, progress: Progress, archive: Path | None = None) -> Installed:
@@ -141,16 +137,12 @@ def build(library: Library, cache: Path, directory: Path, progress: Progress, ar
         # Of a build that was killed.
         shutil.rmtree(left, ignore_errors=True)
     require_room(directory, library.room_bytes)
-    if archive is None:
-        archive = provide_archive(cache, progress)
-    else:
-        progress("verify", f"Checking {archive.name}.")
-        check_digest(archive)
+    source = provide_archive(cache, progress, archive)
     path = directory / library.file
     # On the same file system as the destination, so that the last step is a rename.
     with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as name:
         target = Path(name) / library.file
-        work = Work(archive, Path(name), target, command, directory / library.log, progress)
+        work = Work(source, Path(name), target, command, directory / library.log, progress)
         version = library.make(work)
         part = Part(
             name=library.part,

@@ -9,7 +9,8 @@
 The speed is that of ggml at what a token needs: matrices of three kinds are multiplied by one vector, in pieces of
 about a millisecond. The median counts. A low percentile would find the pieces without any disturbance, and promised a
 fifth more speed than engines reached; the mean would include other programs' turns. For prompts, matrices are
-multiplied by many vectors at once.
+multiplied by many vectors at once. Attention is that of a prompt's part and of a single token to a context whose keys
+and values lie as in an engine's cache; it is measured on processors only.
 
 A GPU computes long chains and short ones, and only the difference counts: starting it and hearing of its end takes
 longer than a piece, and more so over RPC. The wheel has no CUDA, so such GPUs are measured through an RPC server.
@@ -25,9 +26,9 @@ from typing import Any
 
 import msgspec
 
-from mesh_llm.core.types.model import Rates, Speed
-from mesh_llm.engine.sources.embedded.backends import parse_load
+from mesh_llm.core.types.model import AttentionRates, Rates, Speed
 from mesh_llm.engine.sources.embedded.ggml import Device, Ggml, GgmlError, wheel
+from mesh_llm.engine.sources.embedded.loading import parse_load
 from mesh_llm.engine.spec import DeviceInfo, DeviceKind, RpcWorkerSpec
 from mesh_llm.runtime.process import usable_cpus
 
@@ -45,6 +46,12 @@ _BATCH, _BATCH_ROWS = 64, 64
 _LARGE_BATCH, _LARGE_BATCH_ROWS = 512, 1024
 """The same on GPUs."""
 _MAX_BATCH_PIECES = 32
+_HEAD, _KV_HEADS, _KV_TOKENS, _KV_LAYERS = 64, 8, 2048, 4
+"""Elements of a head, heads of a layer's cache, tokens of the context, layers. As in an engine, keys of a head lie a
+kilobyte apart, and other heads and layers come next, so that no core's own cache holds them: 16 MB. One head alone,
+again and again, is up to twice as fast as attention in engines."""
+_SHARING = 2
+"""Heads of a token's query with the same keys, for each thread. Many models have more."""
 _LONG_ENOUGH = 0.003
 """Seconds: a GPU's chain of products is made longer until it takes so much longer than a short one."""
 _STEPS = 200
@@ -52,7 +59,7 @@ _FEW_STEPS = 8
 _MIN_PIECES = 4
 _GRAPH_NODES = _STEPS + 8
 _STEP_WIDTH = 256
-_F32 = 0
+_F32, _F16 = 0, 1
 _CONTEXT_BYTES = 4 << 20
 _SECONDS = 0.12
 _MAX_PIECES = 400
@@ -69,6 +76,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_free": (None, [c_void_p]),
     "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
     "ggml_nbytes": (c_size_t, [c_void_p]),
+    "ggml_new_tensor_3d": (c_void_p, [c_void_p, c_int, c_int64, c_int64, c_int64]),
+    "ggml_view_3d": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_size_t, c_size_t, c_size_t]),
+    "ggml_flash_attn_ext": (c_void_p, [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_float, c_float]),
     "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
     "ggml_rms_norm": (c_void_p, [c_void_p, c_void_p, c_float]),
     "ggml_new_graph_custom": (c_void_p, [c_void_p, c_size_t, c_bool]),
@@ -134,6 +144,41 @@ class _Bench:
         call["ggml_backend_buffer_free"](buffer)
         call["ggml_free"](context)
         return int(self._batch_bytes * _BATCH / seconds)
+
+    def prompt_attention(self) -> int:
+        """Multiplications per second of a prompt's attention, on one thread.
+
+        On several threads ggml divides the rows of so few queries into pieces that are too small for its kernel.
+        """
+        self.threads(1)
+        return self._attention_rate(_BATCH, 1)
+
+    def token_attention(self, threads: int) -> int:
+        """Multiplications per second of a token's attention."""
+        self.threads(threads)
+        return self._attention_rate(1, _SHARING * threads)
+
+    def _attention_rate(self, queries: int, heads: int) -> int:
+        call = self._call
+        context = call["ggml_init"](_Parameters(_CONTEXT_BYTES, None, True))
+        row = 2 * _HEAD * _KV_HEADS
+        query = call["ggml_new_tensor_3d"](context, _F32, _HEAD, queries, heads)
+        mask = call["ggml_new_tensor_2d"](context, _F16, _KV_TOKENS, queries)
+        graphs: list[int] = []
+        for _ in range(_KV_LAYERS):
+            layer = [call["ggml_new_tensor_2d"](context, _F16, _HEAD * _KV_HEADS, _KV_TOKENS) for _ in range(2)]
+            for head in range(_KV_HEADS):
+                keys, values = (
+                    call["ggml_view_3d"](context, one, _HEAD, _KV_TOKENS, 1, row, row * _KV_TOKENS, 2 * _HEAD * head)
+                    for one in layer
+                )
+                seen = call["ggml_flash_attn_ext"](context, query, keys, values, mask, _HEAD**-0.5, 0.0, 0.0)
+                graphs.append(self._graph(context, [seen]))
+        buffer = self._allocate(context)
+        seconds = self._time(graphs)
+        call["ggml_backend_buffer_free"](buffer)
+        call["ggml_free"](context)
+        return int(2 * heads * _HEAD * queries * _KV_TOKENS / seconds)
 
     def gpu_batch_rates(self) -> Rates:
         """The same on a GPU, of f16 for all kinds: GPUs make f16 of other weights for a prompt."""
@@ -256,6 +301,9 @@ def measure(ggml: Ggml, names: tuple[str, ...]) -> Speed:
     one, full = bench.rates(_MEMORY_BYTES, (1, cores))
     bench.threads(1)
     step, single = bench.step(), bench.batch_rates()
+    alone, attention = bench.prompt_attention(), bench.token_attention(1)
+    if cores > 1:
+        attention = max(attention, bench.token_attention(cores))
     bench.threads(cores)
     batch = bench.batch_rates()
     # If another program uses a core, the threads wait long for each other. A busy machine is not slow for good.
@@ -267,6 +315,8 @@ def measure(ggml: Ggml, names: tuple[str, ...]) -> Speed:
         step_ns=step,
         full_step_ns=min(bench.step(), _MAX_STEP_FACTOR * step),
         batch=Rates(f16=max(single.f16, batch.f16), q8=max(single.q8, batch.q8), q4=max(single.q4, batch.q4)),
+        # With more threads it gains what products of matrices gain.
+        attention=AttentionRates(prompt=int(alone * max(1.0, batch.f16 / single.f16)), token=attention),
     )
 
 

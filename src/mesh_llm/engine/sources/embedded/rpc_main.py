@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError
+from mesh_llm.engine.sources.embedded.loading import parse_load
 from mesh_llm.engine.spec import RpcWorkerSpec
 from mesh_llm.runtime.process import usable_cpus
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from mesh_llm.engine.arguments import put, read_arguments
 from mesh_llm.engine.slots import SlotError, SlotListener
-from mesh_llm.engine.sources.embedded.backends import parse_load
 from mesh_llm.engine.sources.embedded.ggml import Ggml, GgmlError, wheel
 from mesh_llm.engine.sources.embedded.guessing import EngineGuesses
-from mesh_llm.engine.sources.embedded.slot_library import EngineSlots, load
+from mesh_llm.engine.sources.embedded.loading import parse_load
+from mesh_llm.engine.sources.embedded.slot_access import EngineSlots, load
 from mesh_llm.engine.spec import (
     LOOPBACK,
     NGRAM,
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
             ggml.keep_devices(spec.devices)
         if spec.rpc:
             registry = ggml.load_plugin(Path(others[1]))
-            ggml.add_rpc_servers(registry, spec.rpc, host=bool(spec.host_layers))
+            ggml.add_rpc_servers(registry, spec.rpc, before=bool(spec.host_layers), after=bool(spec.mtp_layers))
         library = None if slots is None or spec.slot_socket is None else _load(slots)
         guesses = None if library is None else _guesses(library, spec)
         if guesses is None:
@@ -159,11 +159,13 @@ def common_params(spec: EngineSpec, ggml: Ggml) -> Any:
     params.offline = True
     params.n_gpu_layers = _layers(spec)
     if spec.tensor_split:
-        split = [*([float(spec.host_layers)] if spec.host_layers else []), *spec.tensor_split]
+        before = [float(spec.host_layers)] if spec.host_layers else []
+        after = [float(spec.mtp_layers + 1)] if spec.mtp_layers else []
+        split = [*before, *spec.tensor_split, *after]
         params.tensor_split = split + [0.0] * (_TENSOR_SPLIT_LENGTH - len(split))
     overrides = [output_override(_buffer_type(spec, ggml))] if spec.output_on_host else []
-    if spec.host_layers:
-        overrides.append(layers_override(spec.host_layers))
+    if spec.own_layers:
+        overrides.append(layers_override(spec.own_layers))
         # What it would choose: it compares the device of the layer, which is the processor's second entry here.
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
     overrides += [experts_override(spec.cpu_moe)] if spec.cpu_moe else []

@@ -97,8 +97,8 @@ class EmbeddedSource:
             spec = replace(spec, rpc=endpoints)
         load = () if spec.uses_cpu_only else await self._load()
         library = None
-        # The state of a draft, or of layers on other machines, is not in what the server saves.
-        saves = not spec.rpc and not spec.speculation_type.startswith("draft-")
+        # The state of a draft is not in what the server saves.
+        saves = not spec.speculation_type.startswith("draft-")
         if spec.slot_socket is not None and (saves or spec.speculation_type) and not _is_prebuilt(load):
             library = await asyncio.to_thread(slot_library.find, self._policy.cache)
         if library is None:

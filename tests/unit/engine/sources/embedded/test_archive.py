@@ -135,6 +135,26 @@ def test_it_is_downloaded_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(path.name for path in first.parent.iterdir()) == [SDIST_NAME]
 
 
+def test_one_that_the_user_has_is_checked_and_nothing_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+
+    def download(_: Path) -> Path:
+        raise AssertionError
+
+    monkeypatch.setattr(archives, "download", download)
+    own = tmp_path / "brought.tar.gz"
+    own.write_bytes(b"another release")
+    with pytest.raises(MeshError) as caught:
+        archives.provide_archive(tmp_path, lambda step, _: steps.append(step), own)
+    assert caught.value.code == "plugin_source_wrong"
+    any_digest(monkeypatch)
+    assert archives.provide_archive(tmp_path, lambda step, _: steps.append(step), own) == own
+    assert steps == ["verify", "verify"]
+    assert [path.name for path in tmp_path.iterdir()] == [own.name]
+
+
 def test_a_damaged_one_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     (tmp_path / "source").mkdir()

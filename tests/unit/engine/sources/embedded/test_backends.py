@@ -7,7 +7,7 @@ import pytest
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.engine.installation import Part, digest, record_failure, record_part, remove_part
-from mesh_llm.engine.sources.embedded import backends, plugin
+from mesh_llm.engine.sources.embedded import backends, loading, plugin
 from mesh_llm.engine.sources.embedded.archive import VERSION
 from mesh_llm.engine.sources.embedded.ggml import library_path
 from mesh_llm.engine.spec import PartState
@@ -23,7 +23,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def add(directory: Path, kind: str, **fields: str) -> Path:
-    path = directory / backends.library_name(kind)
+    path = directory / loading.library_name(kind)
     path.write_bytes(kind.encode())
     part = Part(name=kind, file=path.name, sha256=digest(path), **fields)  # pyright: ignore[reportArgumentType]
     record_part(directory, VERSION, part)
@@ -36,18 +36,18 @@ def test_nothing_is_loaded_where_nothing_was_built(tmp_path: Path, directory: Pa
 
 
 def test_the_last_one_is_loaded_and_the_other_says_why_it_is_not(tmp_path: Path, directory: Path) -> None:
-    add(directory, backends.CUDA)
-    vulkan = add(directory, backends.VULKAN, tested="16 operators")
-    assert backends.load_arguments(tmp_path) == (backends.LOAD, str(vulkan))
+    add(directory, loading.CUDA)
+    vulkan = add(directory, loading.VULKAN, tested="16 operators")
+    assert backends.load_arguments(tmp_path) == (loading.LOAD, str(vulkan))
     first, second = backends.parts(tmp_path)
     assert (first.name, first.state, first.text) == ("vulkan", PartState.READY, "16 operators")
     assert (second.name, second.text) == ("cuda", "not loaded: another one was installed later")
 
 
 def test_one_that_failed_its_test_is_not_loaded_and_the_older_one_is(tmp_path: Path, directory: Path) -> None:
-    cuda = add(directory, backends.CUDA)
-    add(directory, backends.VULKAN, set_aside="wrong results in MUL_MAT q4_0.")
-    assert backends.load_arguments(tmp_path) == (backends.LOAD, str(cuda))
+    cuda = add(directory, loading.CUDA)
+    add(directory, loading.VULKAN, set_aside="wrong results in MUL_MAT q4_0.")
+    assert backends.load_arguments(tmp_path) == (loading.LOAD, str(cuda))
     aside, _ = backends.parts(tmp_path)
     assert aside.state is PartState.FAILED
     assert "wrong results in MUL_MAT q4_0." in aside.text
@@ -55,7 +55,7 @@ def test_one_that_failed_its_test_is_not_loaded_and_the_older_one_is(tmp_path: P
 
 
 def test_other_bytes_are_not_loaded(tmp_path: Path, directory: Path) -> None:
-    path = add(directory, backends.VULKAN)
+    path = add(directory, loading.VULKAN)
     path.write_bytes(b"something else")
     assert backends.load_arguments(tmp_path) == ()
     (part,) = backends.parts(tmp_path)
@@ -64,31 +64,26 @@ def test_other_bytes_are_not_loaded(tmp_path: Path, directory: Path) -> None:
 
 
 def test_one_of_another_engine_is_not_loaded(tmp_path: Path, directory: Path) -> None:
-    path = directory / backends.library_name(backends.VULKAN)
+    path = directory / loading.library_name(loading.VULKAN)
     path.write_bytes(b"old")
-    record_part(directory, "2025.1.1", Part(name=backends.VULKAN, file=path.name, sha256=digest(path)))
+    record_part(directory, "2025.1.1", Part(name=loading.VULKAN, file=path.name, sha256=digest(path)))
     assert backends.load_arguments(tmp_path) == ()
     (part,) = backends.parts(tmp_path)
     assert f"it fits the engine 2025.1.1, and this is {VERSION}" in part.text
 
 
 def test_a_build_that_failed_is_told(tmp_path: Path, directory: Path) -> None:
-    record_failure(directory, VERSION, backends.ROCM, MeshError(code="x", message="No compiler.", hint="Install one."))
+    record_failure(directory, VERSION, loading.ROCM, MeshError(code="x", message="No compiler.", hint="Install one."))
     (part,) = backends.parts(tmp_path)
     assert (part.name, part.state, part.text, part.hint) == ("rocm", PartState.FAILED, "No compiler.", "Install one.")
 
 
 def test_what_is_removed_is_gone(tmp_path: Path, directory: Path) -> None:
-    path = add(directory, backends.VULKAN)
-    assert remove_part(directory, backends.VULKAN)
+    path = add(directory, loading.VULKAN)
+    assert remove_part(directory, loading.VULKAN)
     assert not path.exists()
     assert backends.parts(tmp_path) == ()
-    assert not remove_part(directory, backends.VULKAN)
-
-
-def test_plugins_are_told_from_the_other_arguments() -> None:
-    assert backends.parse_load(["spec", "rpc.so", backends.LOAD, "/a.so"]) == (["spec", "rpc.so"], [Path("/a.so")])
-    assert backends.parse_load([]) == ([], [])
+    assert not remove_part(directory, loading.VULKAN)
 
 
 def test_a_prebuilt_engine_comes_before_the_installed_one(
@@ -101,14 +96,14 @@ def test_a_prebuilt_engine_comes_before_the_installed_one(
     (wheel / "xllamacpp" / "libggml-vulkan.so").touch()
     (wheel / "nvidia" / "x" / "lib").mkdir(parents=True)
     (wheel / "nvidia" / "x" / "lib" / "libx.so.1").write_text("no library: it is left to the engine's own to say so")
-    part = Part(name=backends.VULKAN, file=wheel.name, sha256=digest(wheel))
+    part = Part(name=loading.VULKAN, file=wheel.name, sha256=digest(wheel))
     record_part(directory, VERSION, part)
     arguments = backends.load_arguments(tmp_path)
-    assert arguments == (backends.LOAD, str(wheel))
+    assert arguments == (loading.LOAD, str(wheel))
     # What follows happens in a child.
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    others, plugins = backends.parse_load(["spec", *arguments])
+    others, plugins = loading.parse_load(["spec", *arguments])
     assert (others, plugins) == (["spec"], [wheel / "xllamacpp" / "libggml-vulkan.so"])
     assert sys.path[0] == str(wheel)
     assert library_path() == wheel / "xllamacpp" / "xllamacpp.abi3.so"
@@ -116,11 +111,11 @@ def test_a_prebuilt_engine_comes_before_the_installed_one(
 
 def test_a_failed_prebuilt_engine_is_told_beside_the_build(tmp_path: Path, directory: Path) -> None:
     error = MeshError(code="wheel_wrong", message="It does not start here.", hint="")
-    record_failure(directory, VERSION, backends.prebuilt_name(backends.CUDA), error)
+    record_failure(directory, VERSION, backends.prebuilt_name(loading.CUDA), error)
     (part,) = backends.parts(tmp_path)
     assert (part.name, part.state) == ("cuda", PartState.FAILED)
     assert part.text == "the prebuilt engine was not taken: It does not start here."
-    add(directory, backends.CUDA, how="compiled")
+    add(directory, loading.CUDA, how="compiled")
     (part,) = backends.parts(tmp_path)
     assert part.state is PartState.READY
     assert part.text == "compiled; the prebuilt engine was not taken: It does not start here."

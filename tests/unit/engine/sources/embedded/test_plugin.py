@@ -29,7 +29,6 @@ class Workshop:
         monkeypatch.setattr(library_build, "provide_archive", self._provide)
         monkeypatch.setattr(plugin, "provide_library", self._library)
         monkeypatch.setattr(plugin, "find_library", self._library)
-        monkeypatch.setattr(library_build, "check_digest", self._check_digest)
         monkeypatch.setattr(plugin, "unpack", self._unpack)
         monkeypatch.setattr(plugin.compiler, "find_compiler", lambda: ("c++",))
         monkeypatch.setattr(plugin.compiler, "compile_plugin", self._compile)
@@ -44,18 +43,15 @@ class Workshop:
     def _library(self, _: Path) -> Path:
         return self.directory
 
-    def _check_digest(self, _: Path) -> None:
-        """Any archive will do."""
-
     def _unpack(self, _: Path, work: Path) -> Path:
         return work
 
     def _self_test(self, _: Path) -> str:
         return "8.0.0"
 
-    def _provide(self, _: Path, progress: Callable[[str, str], None]) -> Path:
-        progress("download", "Downloading it.")
-        return self.directory / "source.tar.gz"
+    def _provide(self, _: Path, progress: Callable[[str, str], None], given: Path | None = None) -> Path:
+        progress("verify" if given else "download", "Providing it.")
+        return given or self.directory / "source.tar.gz"
 
     def _compile(self, _: Path, output: Path, __: tuple[str, ...], log: Path) -> None:
         self.gate()

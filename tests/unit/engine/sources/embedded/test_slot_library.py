@@ -149,9 +149,9 @@ async def test_only_the_build_that_it_was_compiled_for_gets_it(
         monkeypatch.setattr(plugin, "find", built_plugin)
         spec = replace(spec, rpc=("127.0.0.1:5000",))
     command = await source.server(spec)
-    # An engine with a draft, or over other machines, is only switched; its slots are not saved.
-    assert (command.slot_socket is not None) == (case in {"plain", "plugin", "draft", "auto", "split auto"})
-    assert command.saves_slots == (case != "draft" and "split" not in case)
+    # An engine with a draft is only switched; its slots are not saved.
+    assert (command.slot_socket is not None) == ("prebuilt" not in case)
+    assert command.saves_slots == (case != "draft")
     assert command.speculates == (case in {"draft", "auto", "split auto"})
     assert (server_main.SLOTS in command.argv) == (command.slot_socket is not None)
 
