@@ -19,6 +19,7 @@ from typing import Self
 _ROOT = Path(__file__).resolve().parents[2]
 _INIT = Path("/usr/lib/systemd/systemd")
 _CGROUPS = Path("/sys/fs/cgroup")
+_TEMPORARY = ("/tmp", "/var/tmp")
 _SECONDS = 30.0
 _PAUSE = 0.2
 
@@ -28,6 +29,8 @@ root=$1; shift
 mount -t tmpfs -o mode=755 tmpfs "$root"
 mkdir -p "$root"/{usr,etc,var/lib,var/log,run,tmp,dev/shm,dev/pts,proc,sys,root,home}
 for name in bin sbin lib lib64; do ln -s "usr/$name" "$root/$name"; done
+mount -t tmpfs -o mode=755 tmpfs "$root/run"
+mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
 for place in /usr "$@"; do
   mkdir -p "$root$place"
   mount --rbind "$place" "$root$place"
@@ -35,8 +38,6 @@ for place in /usr "$@"; do
 done
 cp -a /etc/. "$root/etc/"
 rm -rf "$root"/etc/systemd/system/* "$root"/etc/systemd/user/*
-mount -t tmpfs -o mode=755 tmpfs "$root/run"
-mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
 for name in null zero random urandom full tty; do
   touch "$root/dev/$name"; mount --bind "/dev/$name" "$root/dev/$name"
 done
@@ -57,6 +58,8 @@ def why_not() -> str:
         return "there is no systemd here"
     if os.geteuid() != 0:
         return "a systemd of its own needs root"
+    if any(_ROOT.is_relative_to(place) for place in _TEMPORARY):
+        return "a service of the machine does not see a checkout among temporary files"
     return "" if _hierarchies() else "there is no control group to write to"
 
 

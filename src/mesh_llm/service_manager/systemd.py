@@ -24,6 +24,8 @@ from mesh_llm.service_manager.unit import (
 _SHOWN = ("ActiveState", "SubState", "StatusText", "MainPID", "NRestarts", "UnitFileState", "Result")
 _START_SECONDS = 20.0
 _LINGER = Path("/var/lib/systemd/linger")
+_HIDDEN = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - looked at, not written to
+"""The unit's PrivateTmp gives the service a pair of its own."""
 
 
 class Systemd:
@@ -160,25 +162,39 @@ def check_program(program: tuple[str, ...]) -> None:
     Raises:
         MeshError: `service_program`.
     """
+    reason = _why_not_startable(program)
+    if reason:
+        raise MeshError(
+            code="service_program",
+            message=f"The service cannot start {program[0]}: {reason}.",
+            hint="Install mesh-llm where every user can run it: sudo python3 -m venv /opt/mesh-llm, "
+            "sudo /opt/mesh-llm/bin/pip install mesh-llm, "
+            "sudo /opt/mesh-llm/bin/mesh-llm service install --system",
+        )
+
+
+def _why_not_startable(program: tuple[str, ...]) -> str:
     for needed in (Path(program[0]), Path(sys.executable), Path(sys.prefix), Path(sys.base_prefix)):
+        hidden = next((place for place in _HIDDEN if any(way.is_relative_to(place) for way in _ways(needed))), None)
+        if hidden is not None:
+            return f"it does not see what lies in {hidden}"
         closed = _closed(needed)
         if closed is not None:
-            raise MeshError(
-                code="service_program",
-                message=f"The service cannot start {program[0]}: only its owner may enter {closed}.",
-                hint="Install mesh-llm where every user can run it: sudo python3 -m venv /opt/mesh-llm, "
-                "sudo /opt/mesh-llm/bin/pip install mesh-llm, "
-                "sudo /opt/mesh-llm/bin/mesh-llm service install --system",
-            )
+            return f"only its owner may enter {closed}"
+    return ""
 
 
 def _closed(path: Path) -> Path | None:
     """The first directory on the way to a path, along its links too, that other users may not enter."""
-    for way in (path.absolute(), path.resolve()):
+    for way in _ways(path):
         for directory in reversed(way.parents):
             if not directory.stat().st_mode & 0o001:
                 return directory
     return None
+
+
+def _ways(path: Path) -> tuple[Path, Path]:
+    return path.absolute(), path.resolve()
 
 
 def _number(text: str) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mesh_llm.core.types.errors import MeshError
-from mesh_llm.service_manager import installation
+from mesh_llm.service_manager import installation, systemd
 from mesh_llm.service_manager.control import Control
 from mesh_llm.service_manager.installation import examine, install, remove
 from mesh_llm.service_manager.launchd import Launchd
@@ -180,6 +180,7 @@ def test_a_program_in_a_closed_home_cannot_be_a_system_service(
 ) -> None:
     for name in ("prefix", "base_prefix", "executable"):
         monkeypatch.setattr(sys, name, "/usr")
+    monkeypatch.setattr(systemd, "_HIDDEN", ())
     home = open_place / "alice"
     home.mkdir()
     program = executable(home / "mesh-llm")
@@ -191,6 +192,24 @@ def test_a_program_in_a_closed_home_cannot_be_a_system_service(
         with pytest.raises(MeshError, match=f"only its owner may enter {home}") as failure:
             check_program((str(way),))
         assert "/opt/mesh-llm" in failure.value.hint
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_program_among_temporary_files_cannot_be_a_system_service(
+    open_place: Path, monkeypatch: pytest.MonkeyPatch, *, linked: bool
+) -> None:
+    for name in ("prefix", "base_prefix", "executable"):
+        monkeypatch.setattr(sys, name, "/usr")
+    hidden = open_place / "tmp"
+    hidden.mkdir()
+    monkeypatch.setattr(systemd, "_HIDDEN", (hidden,))
+    program = executable(hidden / "mesh-llm")
+    if linked:
+        link = open_place / "mesh-llm"
+        link.symlink_to(program)
+        program = link
+    with pytest.raises(MeshError, match=f"it does not see what lies in {hidden}"):
+        check_program((str(program),))
 
 
 def test_a_unit_of_somebody_else_is_left_alone(place: Path, systemctl: StandIn) -> None:
