@@ -225,3 +225,39 @@ async def test_a_user_without_home_serves(tmp_path: Path, start_node: StartNode)
     assert await node.stop() == 0
     await asyncio.sleep(0)
     assert not (tmp_path / "~").exists()
+
+
+SECRETS = {"key", "owner-key", "nostr.nsec", "control-token"}
+"""Nothing else may stand in for these: a damaged one is said."""
+
+
+DAMAGES = {"no UTF-8": b'["\xff"]', "an object of no UTF-8": b'{"a":"\xff"}', "zeros": b"\0" * 64, "nothing": b""}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+async def test_damaged_files_in_a_home_stop_no_node(tmp_path: Path, start_node: StartNode, kind: str) -> None:
+    """As after a power cut, or on a disk that loses bits."""
+    node = await start_node("a", models=["tiny"])
+    assert (await node.cli("invite", "create"))[0] == 0
+    assert (await node.cli("cache", "show"))[0] == 0
+    assert await node.stop() == 0
+    home = node.options.home
+    (mesh,) = (path for path in (home / "mesh").iterdir() if path.is_dir())
+    for later in ("trust.json", "publication.json", "gpu.json", "ownership", "daemon.json", "cache/speed.json"):
+        (home / later).touch()
+    for later in ("peers.json", "revocations"):
+        (mesh / later).touch()
+    # Without the record of the mesh, and its key, the other files of the mesh would not be read.
+    for kept in ({*SECRETS, "current", "mesh-key"}, SECRETS):
+        files = [
+            path
+            for path in sorted(home.rglob("*"))
+            if path.is_file() and path.name not in kept and path.suffix not in {".log", ".gguf", ".so"}
+        ]
+        assert len(files) > 12
+        for path in files:
+            path.write_bytes(DAMAGES[kind])
+        await node.restart()
+        assert (await node.cli("status"))[0] == 0
+        assert "Traceback" not in node.process.text + node.log()
+        assert await node.stop() == 0

@@ -24,6 +24,7 @@ from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.trust.canaries import AnswerToken, CanaryAnswer
 from mesh_llm.core.trust.canary_plan import CANARY_TOKENS
 from mesh_llm.core.trust.readback import LISTED, Candidate, Reading, next_token
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.wire.http.http1 import Headers
 from mesh_llm.wire.http.sse import SseError, SseParser
@@ -139,7 +140,7 @@ class CanaryClient:
                 tokens.append(found)
             status = 200
             return Reading(len(pieces[:CANARY_TOKENS]))
-        except (TargetLostError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (TargetLostError, *UNREADABLE):
             return None
         finally:
             attempt.close(status=status)
@@ -185,7 +186,7 @@ class CanaryClient:
             finally:
                 response.close()
             return msgspec.json.decode(data, type=_Props).chat_template if response.head.status == 200 else None
-        except (TargetLostError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (TargetLostError, *UNREADABLE):
             return None
 
     async def _answer(
@@ -223,7 +224,7 @@ class CanaryClient:
                     status = 200
                 finally:
                     response.close()
-        except (TargetLostError, SseError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (TargetLostError, SseError, *UNREADABLE):
             # Clients' requests find out whether a host is lost.
             status = TARGET_LOST
         finally:

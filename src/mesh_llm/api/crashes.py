@@ -21,7 +21,7 @@ import structlog
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest
 from mesh_llm.api.validation import constrains_output
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.ports import EngineEnd
 
@@ -197,7 +197,7 @@ class CrashGuard:
                 finally:
                     response.close()
             return msgspec.json.decode(body, type=EngineEndReport) if response.head.status == 200 else None
-        except (TargetLostError, TimeoutError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (TargetLostError, TimeoutError, *UNREADABLE):
             # The node is gone as well, or does not know this path: then the node was lost, not the engine.
             return None
 
@@ -212,7 +212,7 @@ def digest(path: str, body: bytes) -> bytes:
                 value = msgspec.json.encode(msgspec.json.decode(fields[name]), order="deterministic")
                 hashed.update(b"%b %d " % (name.encode("utf-8", "replace"), len(value)))
                 hashed.update(value)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         hashed.update(body)
     return hashed.digest()
 

@@ -17,7 +17,7 @@ import msgspec
 from mesh_llm.core.routing.model_names import Ambiguous, NotFound
 from mesh_llm.core.routing.ranking import ModelRoute, RoutingSnapshot, Target
 from mesh_llm.core.trust.strangers import Quota, StrangerLimits
-from mesh_llm.core.types.errors import MeshError, duration, listed
+from mesh_llm.core.types.errors import UNREADABLE, MeshError, duration, listed
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.wire.http.http1 import Headers, header
@@ -285,7 +285,7 @@ def _rewrite_event(event: bytes, dialect: Dialect) -> bytes:
         return event
     try:
         fields = msgspec.json.decode(data, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         return event
     # Already in the dialect's shape: from another node, or from a newer engine.
     if fields.get("type") == "error":
@@ -299,7 +299,7 @@ def _parse(body: bytes) -> tuple[str, dict[str, Any]]:
     """The message in an error's body, and the fields beside it."""
     try:
         refusal = msgspec.json.decode(body, type=_Refusal)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         return "", {}
     fields = refusal.error if isinstance(refusal.error, dict) else {}
     found = fields.get("message") if fields else refusal.error

@@ -23,7 +23,7 @@ from mesh_llm.api.request import Reply, Request, query_fields
 from mesh_llm.api.types import ENDPOINTS
 from mesh_llm.api.upstream import TargetLostError, Upstream, UpstreamRequest
 from mesh_llm.core.trust.receipts import LIMITS, Checked, answered_by, begun_by, examine, holds, who_saw
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.receipt import MAX_STATEMENT, Announced, FirstPart, Outcome, Receipt, Served, Statement, Step
 from mesh_llm.runtime.supervision import TaskScope, wait_for_event
@@ -292,7 +292,7 @@ class Receipts:
             if response.head.status != 200:
                 return None
             part = msgspec.json.decode(body, type=Part)
-        except (TargetLostError, TimeoutError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (TargetLostError, TimeoutError, *UNREADABLE) as error:
             _log.info("a host gave no part of a receipt", node=record.target.node[:10], reason=str(error))
             return None
         fits = 0 < len(part.statement) <= MAX_STATEMENT and len(part.signature) == SIGNATURE_BYTES

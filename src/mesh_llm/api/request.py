@@ -17,7 +17,7 @@ from mesh_llm.api.telemetry import RequestTrace
 from mesh_llm.api.types import MIB, ApiConfig
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.trust.circle import Circle
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.wire.http.http1 import Headers
 from mesh_llm.wire.http.multipart import FormError, FormPart, boundary_of, parse_form, write_form
@@ -288,7 +288,7 @@ def json_fields(request: Request, body: bytes) -> Fields:
         raise _invalid_json("The request body must be a JSON object.") from None
     except RecursionError:
         raise _invalid_json("The request body is nested too deep.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
 
 
@@ -354,7 +354,7 @@ def requested_model(request: Request, fields: Fields) -> str | None:
         return _bounded(_decode_name(fields["model"])) if "model" in fields else None
     except msgspec.ValidationError:
         raise _invalid_model("`model` must be a string.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise _invalid_json(f"The request body is not valid JSON: {_reason(error)}.") from None
 
 

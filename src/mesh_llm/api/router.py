@@ -18,7 +18,7 @@ from mesh_llm.api.errors import ContextExceededError
 from mesh_llm.api.request import ModelRequest
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.routing.ranking import ModelRoute, Target, Warmth
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model import ModelStatus
 from mesh_llm.core.types.ports import Routes
@@ -64,7 +64,7 @@ def prompt_prefixes(body: bytes) -> list[Prefix]:
     try:
         pieces, before, messages = _pieces(_prompt_decoder.decode(body))
         users = [messages and _is_from_user(piece) for piece in pieces[:_KEPT_FIRST]]
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return []
     digest = blake2b(before, digest_size=16)
     size = len(before)

@@ -37,7 +37,7 @@ from mesh_llm.core.routing.aliases import Aliases
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.trust.circle import Owners
 from mesh_llm.core.trust.strangers import CutOff
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import ModelName, NodeId
 from mesh_llm.core.types.model_settings import ModelSettings
 from mesh_llm.core.types.ports import Guessing, OpenStream, PromptCaches, RequestStream, Routes, Traffic
@@ -235,7 +235,7 @@ class ApiServer:
                 response.close()
             if response.head.status == 200:
                 return msgspec.json.decode(body, type=LoadAnswer)
-        except (TargetLostError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (TargetLostError, *UNREADABLE) as error:
             raise MeshError("target_unreachable", f"It did not answer: {error}.", "", 503, 5.0) from error
         refused = upstream_error(body, response.head.status, response.head.headers)
         after = header(response.head.headers, b"retry-after") or b""

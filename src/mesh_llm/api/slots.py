@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from mesh_llm.core.types.errors import UNREADABLE
+
 _NAMED = frozenset(("/v1/chat/completions", "/chat/completions", "/v1/completions", "/completion", "/completions"))
 """Paths whose requests keep the field. llama-server drops it from those of /v1/messages."""
 SLOTS, PROPS = "/slots", "/props"
@@ -31,8 +33,6 @@ _BEGUN = re.compile(
 _UNAVAILABLE = b'{"error":{"code":503,"message":"no slot available","type":"unavailable_error"}}'
 
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What a decoder raises for bytes that somebody sent: no JSON, other types, no UTF-8, nested too deeply."""
 
 
 class _Asked(msgspec.Struct):
@@ -54,7 +54,7 @@ def takes_one_slot(path: str, body: bytes) -> bool:
         return False
     try:
         asked = _asked.decode(body)
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
     prompt = bytes(asked.prompt).lstrip()
     several = prompt.startswith(b"[") and any(sign in prompt[1:] for sign in (b"[", b'"', b"{"))
@@ -93,7 +93,7 @@ def asked_slot(body: bytes) -> int | None:
         return None
     try:
         slot = _wish.decode(body).id_slot
-    except _UNREADABLE:
+    except UNREADABLE:
         # The engine says what is wrong with it.
         return None
     return slot if slot >= 0 else None
@@ -125,7 +125,7 @@ def gathered(target: str, answers: Sequence[tuple[EngineSlots, bytes]]) -> tuple
     """Status and body of one answer, made of those of the engines, in the order of their slots.
 
     Raises:
-        msgspec.MsgspecError: an engine answered something else.
+        One of UNREADABLE: an engine answered something else.
     """
     path, _, query = target.partition("?")
     if path == PROPS:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from mesh_llm.core.types.errors import UNREADABLE
+
 _SYSTEM_ROLES = frozenset(("system", "developer"))
 
 
@@ -27,7 +29,7 @@ def with_system_prompt(path: str, body: bytes, prompt: str) -> bytes:
     try:
         fields = _fields.decode(body)
         return msgspec.json.encode(fields) if add(fields, prompt) else body
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         # The engine says what is wrong with it.
         return body
 

@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
-import msgspec
-
 from mesh_llm.api.engine_stream import ConnectionPool, EngineStream, connect_engine
 from mesh_llm.api.errors import ERROR_HEADER
 from mesh_llm.api.recording import Recording, with_part
@@ -27,7 +25,7 @@ from mesh_llm.api.system_prompt import with_system_prompt
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.core.performance.prompt_cache import Mark
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.ports import (
     ByteStream,
@@ -472,7 +470,7 @@ class Upstream:
             if last is None or not answers:
                 raise lost or TargetLostError("it has no engine now", sent=False)
             last.replace(*gathered(request.target, answers))
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             if last is not None:
                 last.close()
             raise MeshError("engine_answer", "An engine gave no list of its slots.", status=502) from error

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.wire.http.gbnf import GrammarError, check_grammar
 from mesh_llm.wire.http.json_shape import SchemaBudget, TooComplexError, check_shape
 
@@ -84,7 +84,7 @@ def check_request(body: bytes, fields: Fields, path: str = "") -> None:
             raise _refused(f"`{name}`", name, str(error)) from None
         except _MediaByUrlError as error:
             raise _by_url(name, str(error)) from None
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise _refused(f"`{name}`", name, f"is not valid JSON: {error}") from None
 
 
@@ -92,7 +92,7 @@ def constrains_output(body: bytes) -> bool:
     """Whether a grammar constrains the output: the request's own, or one that the engine makes of schemas and tools."""
     try:
         fields = _fields.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         return False
     for name in fields.keys() & _GRAMMAR_FIELDS:
         raw = bytes(fields[name])

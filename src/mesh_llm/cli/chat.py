@@ -15,7 +15,7 @@ from mesh_llm.cli.client import DaemonClient, events, node_home, node_option
 from mesh_llm.cli.options import Number
 from mesh_llm.cli.output import print_error, printable, styled
 from mesh_llm.console.status import Status
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 
 PATH = "/v1/chat/completions"
 _SILENCE = 600.0
@@ -245,7 +245,7 @@ def _chunks(answer: http.client.HTTPResponse) -> Iterator[_Chunk]:
             return
         try:
             chunk = msgspec.json.decode(event.data, type=_Chunk)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise MeshError(code="no_answer", message=f"The engine's answer makes no sense: {error}.") from error
         if chunk.error is not None:
             raise MeshError(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.runtime.home import Home
 from mesh_llm.runtime.local_socket import connect, find_node
 from mesh_llm.runtime.nodes import running_nodes
@@ -204,6 +204,6 @@ def events(answer: http.client.HTTPResponse) -> Iterator[SseEvent]:
 def _refusal(status: int, data: bytes) -> MeshError:
     try:
         error = msgspec.json.decode(data, type=_ErrorAnswer).error
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         error = _ErrorBody(message=f"The node answered with HTTP status {status} and no reason.")
     return MeshError(code=str(error.code), message=error.message, hint=error.hint, status=status)

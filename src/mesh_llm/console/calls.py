@@ -33,7 +33,7 @@ from mesh_llm.console.schema import (
 )
 from mesh_llm.console.status import Status, StatusPromptCaches
 from mesh_llm.core.performance.plan import PlanAnswer
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.net.admission.records import InviteRecord, WaitingNode
 
 MAX_BODY = 64 * 1024
@@ -380,7 +380,7 @@ def decode(body: bytes, kind: type[_Body]) -> _Body:
     """Decode one call's JSON body; a byte order mark is ignored. Raises MeshError(bad_request, 400)."""
     try:
         return msgspec.convert(_integral(msgspec.json.decode(body.removeprefix(BOM_UTF8) or b"{}")), kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MeshError(
             code="bad_request",
             message=f"The request's body is not what this call takes: {error}.",

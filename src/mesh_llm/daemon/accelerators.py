@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from mesh_llm.core.types.effects import Notice, NoticeLevel
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.core.types.events import AnyEvent, CapacityChanged
 from mesh_llm.daemon.model_fetcher import on_thread
 from mesh_llm.daemon.model_registry import Machine, measure_for
@@ -88,7 +89,7 @@ async def _offer(home: Home, wanted: str) -> InstallStep:
     argv, env = install_command(home.cache, wanted, "--offer")
     done = await run(argv, env, _OFFER_SECONDS)
     for line in reversed(done.stdout.splitlines()):
-        with suppress(msgspec.MsgspecError):
+        with suppress(*UNREADABLE):
             step = msgspec.json.decode(line, type=InstallStep)
             if step.step in {OFFER, FAILED}:
                 return step
@@ -105,7 +106,7 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 async def _agreed(home: Home, offer: InstallStep, ask: Ask) -> bool:
     """Whether the user agrees, or has agreed. Asked once for each kind, on a terminal."""
-    with suppress(OSError, msgspec.MsgspecError):
+    with suppress(OSError, *UNREADABLE):
         answer = msgspec.json.decode(home.gpu_answer.read_bytes(), type=_Answer)
         if answer.part == offer.part:
             return answer.agreed

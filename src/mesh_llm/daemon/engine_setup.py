@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from mesh_llm.core.types.effects import Notice, NoticeLevel
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.daemon.accelerators import Devices, GpuPlan
 from mesh_llm.daemon.model_registry import Machine, rpc_of
@@ -118,7 +118,7 @@ class EngineSetup:
 
         def on_line(line: bytes) -> None:
             nonlocal failed
-            with suppress(msgspec.MsgspecError):
+            with suppress(*UNREADABLE):
                 step = msgspec.json.decode(line, type=InstallStep)
                 if step.step == FAILED:
                     failed = EnginePart(name=name, state=PartState.FAILED, text=step.text, hint=step.hint)

@@ -12,7 +12,7 @@ import structlog
 from mesh_llm.core.config import NodeConfig
 from mesh_llm.core.node import Node
 from mesh_llm.core.types.effects import AnyEffect
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.events import AnyEvent
 from mesh_llm.runtime.supervision import WriteHealth
 
@@ -180,7 +180,7 @@ _Line = TypeVar("_Line", Head, Entry)
 def _decoded(line: bytes, kind: type[_Line], path: Path, number: int) -> _Line:
     try:
         return msgspec.json.decode(line, type=kind)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise _unreadable(path, f"line {number}: {error}") from error
 
 

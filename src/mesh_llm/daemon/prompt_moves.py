@@ -20,6 +20,7 @@ import structlog
 
 from mesh_llm.core.performance.prompt_cache import LEAST_TOKENS, Mark, MoveSpeed
 from mesh_llm.core.types.announcement import Standing
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.core.types.ports import PromptElsewhere, TransportSilentError
 from mesh_llm.daemon.link_meter import Measured
@@ -426,7 +427,7 @@ class _Tokens(msgspec.Struct):
 
 async def prompt_tokens(engine: EngineReadyInfo, elsewhere: PromptElsewhere) -> list[int]:
     """The tokens of a request's prompt, as the engine counts them; empty where that cannot be said."""
-    with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+    with suppress(*UNREADABLE):
         body = elsewhere.body
         if elsewhere.path == _CHAT:
             answer = await post(engine.address, "/apply-template", body, key=engine.key)

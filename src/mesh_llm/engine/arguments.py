@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def _number(text: str) -> float | None:
 def _kwargs(text: str) -> dict[str, str]:
     try:
         values = msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+    except UNREADABLE:
         raise ValueError('takes a JSON object, as in {"enable_thinking": false}') from None
     return {name: msgspec.json.encode(value).decode() for name, value in values.items()}
 

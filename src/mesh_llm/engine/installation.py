@@ -21,7 +21,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 import mesh_llm
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.runtime.home import write_atomic
 
 BUNDLED = Path(mesh_llm.__file__).parent / "engine" / "bundled"
@@ -310,6 +310,6 @@ def _change(directory: Path, engine: str, change: Callable[[Manifest], Manifest]
 def _read(directory: Path) -> Manifest | None:
     try:
         manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
     return manifest if manifest.format == _FORMAT else None

@@ -15,7 +15,7 @@ from typing import Self
 
 import msgspec
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.engine.confinement.policy import UNCONFINED, is_confined
 from mesh_llm.engine.process import Child, Command
 from mesh_llm.engine.spec import LOOPBACK, RpcWorkerSpec
@@ -108,7 +108,7 @@ async def properties(address: str, key: str = "") -> ServerProperties | None:
         return None
     try:
         props = msgspec.json.decode(answer.body, type=_Props)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return None
     return ServerProperties(
         context=props.default_generation_settings.n_ctx, slots=props.total_slots, build=props.build_info

@@ -16,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from mesh_llm.core.performance.speculation import Guesses
+from mesh_llm.core.types.errors import UNREADABLE
 
 LIST_SECONDS = 5.0
 MOVE_SECONDS = 60.0
@@ -142,7 +143,7 @@ class SlotControl:
         own = None if file is None else os.dup(file)
         try:
             return await asyncio.to_thread(self._exchange, question, own)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise SlotError(f"the engine did not answer: {error}") from error
 
     def _exchange(self, question: _Question, file: int | None) -> _Answer:
@@ -200,7 +201,7 @@ def _answer(connection: socket.socket, key: str, access: SlotAccess) -> None:
             data += _read_line(connection, _MOST_QUESTION)
         try:
             answer = _answered(msgspec.json.decode(data, type=_Question), files, key, access)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             answer = _Answer(error=f"not a question: {error}")
         connection.sendall(msgspec.json.encode(answer) + b"\n")
     finally:

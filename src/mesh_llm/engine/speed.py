@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from mesh_llm.core.performance.calibration import Calibration
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.model import Capacity, Speed
 from mesh_llm.engine.confinement.policy import client_environment
 from mesh_llm.engine.probe import started_rpc_server
@@ -80,7 +80,7 @@ async def _measure(*arguments: str, more_env: dict[str, str] | None = None) -> S
     done = await run(argv, env | (more_env or {}), _SECONDS)
     try:
         speed = msgspec.json.decode(done.stdout, type=Speed)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         _log.info("speed not measured", status=done.code, reason=done.last_lines())
         return None
     return speed if speed.known else None
@@ -114,7 +114,7 @@ def read_experience(path: Path, key: str) -> Calibration | None:
     """What was learned earlier, if it is still valid."""
     try:
         stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
     same = (stored.version, stored.machine) == (_VERSION, key)
     return stored.experience if same and stored.experience.speed.known and stored.experience.plausible else None

@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from mesh_llm.core.types.effects import KnownPeer
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.credentials import PEERS_FILE
 from mesh_llm.net.admission.handshake import lifetime_of
@@ -317,7 +317,7 @@ class Joiner:
             return ()
         try:
             return msgspec.json.decode(data, type=tuple[KnownPeer, ...])
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             _log.warning("the list of last-known peers is damaged", reason=str(error))
             return ()
 

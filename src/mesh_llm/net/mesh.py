@@ -12,7 +12,7 @@ import structlog
 from mesh_llm.core.routing.ranking import Target
 from mesh_llm.core.trust.strangers import RELAY, CutOff
 from mesh_llm.core.types.announcement import Ownership, Standing
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.gossip import MeshMessage
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.core.types.ports import ByteStream, RequestStream
@@ -495,6 +495,6 @@ def read_ports(path: Path) -> tuple[int, int]:
     """The UDP ports of a home's last run for IPv4 and IPv6; 0: none, or the file is damaged."""
     try:
         ports = msgspec.json.decode(path.read_bytes(), type=tuple[int, int])
-    except (FileNotFoundError, msgspec.MsgspecError):
+    except (FileNotFoundError, *UNREADABLE):
         return 0, 0
     return ports if all(0 <= port < 65536 for port in ports) else (0, 0)

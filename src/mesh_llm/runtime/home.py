@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 
 if TYPE_CHECKING:
     # It takes longer to import than most commands take otherwise, and only daemons lock a home.
@@ -190,7 +190,7 @@ class Home:
         try:
             with self.explained():
                 return msgspec.json.decode(self._holder.read_bytes(), type=Holder)
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (FileNotFoundError, *UNREADABLE):
             return None
 
     def write_holder(self, holder: Holder) -> None:

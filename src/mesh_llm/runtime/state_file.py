@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 import structlog
 
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.runtime.home import write_atomic
 
 _SAVE_SECONDS = 10.0
@@ -34,7 +35,7 @@ def read_state(path: Path | None, kind: type[State], most: int, about: str) -> t
         return None, ""
     except OSError as error:
         damage, reason = "cannot be read", str(error)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         damage, reason = "is damaged", str(error)
     _log.warning("a saved state is not used", about=about, file=str(path), damage=damage, reason=reason)
     return None, damage

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.service_manager.notify import START_SECONDS
 
 NAME = "mesh-llm"
@@ -182,7 +183,7 @@ def installed_choice(text: str) -> Chosen:
         if line.startswith(_CHOSEN):
             try:
                 return msgspec.json.decode(line.removeprefix(_CHOSEN), type=Chosen)
-            except msgspec.MsgspecError:
+            except UNREADABLE:
                 return Chosen()
     return Chosen()
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.core.types.ids import NodeId
 
 T = TypeVar("T")
@@ -26,14 +27,10 @@ class Malformed(msgspec.Struct, frozen=True):
 
 
 def decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T | Malformed:
-    """Decode bytes of an untrusted sender.
-
-    Besides its own errors msgspec raises UnicodeDecodeError for text that is not UTF-8, and RecursionError where it
-    skips an element of a later version that is nested too deep.
-    """
+    """Decode bytes of an untrusted sender."""
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         return Malformed(str(error)[:200])
 
 

@@ -17,6 +17,7 @@ import msgspec
 from mesh_llm.core.listing.content import MAX_LISTED_MODELS, ListedModel, Listing
 from mesh_llm.core.types import announcement as bounds
 from mesh_llm.core.types.announcement import MAX_CLIENTS, MAX_MESH_NAME, MAX_REGION, ListingScope
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.wire.codec import (
     KEY_BYTES,
@@ -234,7 +235,7 @@ def decode_posting(content: str) -> Posting | Malformed:
         if len(data) > MAX_CONTENT:
             return Malformed(f"a listing of {len(data)} bytes, at most {MAX_CONTENT}")
         wire = _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+    except (UnicodeEncodeError, *UNREADABLE) as error:
         return Malformed(str(error)[:200])
     listing = copied(
         Listing,

@@ -107,7 +107,9 @@ async def test_a_byte_order_mark_before_a_body_is_ignored(client: httpx.AsyncCli
     assert (answer.status_code, daemon.asked) == (202, [("load", "tiny")])
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"model": 3}', b'{"model": ""}', b'{"model":"a","extra":1}'])
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'{"model": 3}', b'{"model": ""}', b'{"model":"a","extra":1}', b'{"model":"\xff"}']
+)
 async def test_malformed_bodies_are_400(client: httpx.AsyncClient, body: bytes) -> None:
     answer = await client.post("/api/load", content=body, headers={**AUTH, "content-type": "application/json"})
     assert answer.status_code == 400

@@ -20,6 +20,7 @@ from mesh_llm.api.dialects.messages_over_chat import (
 )
 from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.api.validation import Fields
+from mesh_llm.core.types.errors import UNREADABLE
 
 _EVENT_END = b"\n\n"
 _MESSAGE, _BLOCK = b"event: message_", b"event: content_block_st"
@@ -150,7 +151,7 @@ def _prefix(edit: RequestEdit) -> str:
     try:
         messages = _raw_list.decode(edit.raw("messages"))
         given = mapping(msgspec.json.decode(messages[-1])) if messages else {}
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return ""
     if given.get("role") != "assistant":
         return ""

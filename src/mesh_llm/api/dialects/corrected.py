@@ -9,7 +9,7 @@ from mesh_llm.api.json_values import Json
 from mesh_llm.api.request import Reply
 from mesh_llm.api.transcript import WholeEvents
 from mesh_llm.api.validation import Fields
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 
 MAX_WHOLE = 64 * 1024 * 1024
 """Bytes of an answer without streaming that are held to be corrected; a longer one passes as it is."""
@@ -120,7 +120,7 @@ class CorrectedReply:
         assert correct is not None  # noqa: S101 - nothing is held otherwise
         try:
             answer = msgspec.json.decode(data, type=Json)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             return data
         return msgspec.json.encode(correct(answer))
 
@@ -193,7 +193,7 @@ def edit_event(event: bytes, edit: Callable[[Json], Json | None]) -> bytes:
         return event
     try:
         decoded = msgspec.json.decode(data, type=Json)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return event
     edited = edit(decoded)
     return event if edited is None else b"%bdata: %b" % (head, msgspec.json.encode(edited))

@@ -11,6 +11,7 @@ import msgspec
 from mesh_llm.api.dialects.corrected import RequestEdit
 from mesh_llm.api.errors import Dialect, error_type
 from mesh_llm.api.json_values import Json, count, items, mapping, text
+from mesh_llm.core.types.errors import UNREADABLE
 
 _EVENT_END = b"\n\n"
 _KEPT = ("model", "max_tokens", "temperature", "top_p", "top_k", "stream", "chat_template_kwargs")
@@ -166,7 +167,7 @@ def _tool_use(call: Json, function: Json) -> Json:
 def _input(arguments: str) -> Json:
     try:
         return mapping(msgspec.json.decode(arguments))
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return {}
 
 
@@ -202,7 +203,7 @@ class MessageEvents:
                 continue
             try:
                 chunk = msgspec.json.decode(event.removeprefix(b"data: "), type=dict[str, Any])
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            except UNREADABLE:
                 continue
             turned.extend(map(_encoded, self._chunk(chunk)))
         return b"".join(event + _EVENT_END for event in turned)

@@ -17,6 +17,7 @@ from mesh_llm.api.dialects.openai_chat import narrow_tools, reasoning_share
 from mesh_llm.api.json_values import Json, count, items, mapping, text
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.trust.circle import Circle
+from mesh_llm.core.types.errors import UNREADABLE
 
 Keep = Callable[[Json, list[Any]], None]
 """Takes an answer that is over, and the items of its request."""
@@ -381,5 +382,5 @@ def _decode(event: bytes) -> Json | None:
         return None
     try:
         return msgspec.json.decode(data, type=Json)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return None

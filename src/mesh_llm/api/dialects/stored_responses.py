@@ -23,7 +23,7 @@ from mesh_llm.api.request import Reply, Request, query_fields
 from mesh_llm.api.types import ENDPOINTS, MIB
 from mesh_llm.api.validation import Fields
 from mesh_llm.core.trust.circle import Circle, narrowest
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import OwnerId
 from mesh_llm.runtime.home import write_atomic
 from mesh_llm.runtime.supervision import TaskScope
@@ -206,7 +206,7 @@ class StoredResponses:
     def _decoded(self, name: str, data: bytes) -> Stored | None:
         try:
             return msgspec.json.decode(data, type=Stored)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except UNREADABLE:
             _log.warning("a stored response is damaged", id=name)
             return None
 

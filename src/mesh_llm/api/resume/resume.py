@@ -29,7 +29,7 @@ from mesh_llm.api.transcript import Transcript
 from mesh_llm.api.types import ApiConfig
 from mesh_llm.api.upstream import NODE_HEADER, TargetLostError, Upstream, UpstreamRequest, UpstreamResponse, refusal
 from mesh_llm.core.routing.ranking import Target
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ports import EngineEnd, LoadAsker, Routes
 from mesh_llm.wire.http.http1 import Headers, header
 from mesh_llm.wire.http.sse import SseError, SseParser
@@ -69,7 +69,7 @@ def initial_state(path: str, body: bytes) -> ResumeState | CannotResume:
         return CannotResume("answers of this kind never are")
     try:
         request = msgspec.json.decode(body, type=dict[str, object])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return CannotResume("its request is not understood")
     reason = forbidden_in_any_dialect(request) or kind.forbidden(request)
     return CannotResume(reason) if reason else kind(request)
@@ -278,7 +278,7 @@ async def count_tokens(upstream: Upstream, target: Target, state: ResumeState, h
                 answer = await _ask(upstream, target, UpstreamRequest("POST", "/tokenize", headers, body))
                 total += len(msgspec.json.decode(answer, type=_Tokens).tokens)
             return total
-    except (TimeoutError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (TimeoutError, *UNREADABLE):
         return None
 
 
@@ -293,7 +293,7 @@ async def _texts(upstream: Upstream, target: Target, state: ResumeState, headers
             ).prompt
             for probe in probes
         ]
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         return state.texts
     if not after.startswith(before) or not after.endswith(state.texts[-1]):
         return state.texts

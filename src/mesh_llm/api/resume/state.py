@@ -10,6 +10,7 @@ from typing import ClassVar, TypeAlias
 import msgspec
 
 from mesh_llm.api.json_values import Json, count, mapping
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.wire.http.sse import SseEvent
 
 
@@ -202,6 +203,6 @@ class ResumeState(ABC):
 def _decode(event: SseEvent) -> Event | None:
     try:
         data = mapping(msgspec.json.decode(event.data))
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return None
     return (event.event, data) if data else None

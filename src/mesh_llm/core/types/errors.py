@@ -3,6 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""All that msgspec raises for bytes that it cannot read: text that is no UTF-8, and values that are nested too deeply,
+have errors of their own. A file may be damaged, and a peer may send anything."""
+
 
 @dataclass(eq=False)
 class MeshError(Exception):

@@ -3,6 +3,7 @@
 import msgspec
 
 from mesh_llm.core.types.announcement import SCOPES, ListingPolicy, ListingScope
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.runtime.home import Home, write_atomic
 
 _MAY = {
@@ -108,7 +109,7 @@ class PublicationConsent:
                 return msgspec.json.decode(self._home.publication.read_bytes(), type=_Agreed)
         except FileNotFoundError:
             return None
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             # Damaged: ask again.
             return _Agreed()
 

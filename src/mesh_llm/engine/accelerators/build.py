@@ -22,7 +22,7 @@ from typing import IO
 import msgspec
 import psutil
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.engine.accelerators.recipe import Examined, Recipe
 from mesh_llm.engine.sources.embedded.archive import SDIST_SHA256
 from mesh_llm.runtime.home import write_atomic
@@ -290,7 +290,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _read_state(directory: Path) -> _State | None:
     try:
         return msgspec.json.decode((directory / _STATE).read_bytes(), type=_State)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
 
 

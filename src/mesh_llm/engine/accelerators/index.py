@@ -24,7 +24,7 @@ from packaging.tags import Tag, sys_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.engine.accelerators.cards import Card
 from mesh_llm.engine.sources.embedded.archive import PACKAGE, VERSION
 from mesh_llm.engine.sources.embedded.loading import CUDA, ROCM, VULKAN
@@ -312,7 +312,7 @@ def parse_json(page: bytes, address: str) -> list[Listed]:
     """The files that a JSON page names (PEP 691), without those that were withdrawn. Raises MeshError."""
     try:
         decoded = msgspec.json.decode(page, type=_Page)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _unreadable(address, f"its JSON cannot be read ({error})") from error
     if not decoded.meta.api_version.startswith("1."):
         raise _unreadable(address, f"it speaks version {decoded.meta.api_version[:20] or '?'} of the protocol, not 1.x")

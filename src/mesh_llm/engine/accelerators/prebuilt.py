@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 from packaging.version import InvalidVersion, Version
 
-from mesh_llm.core.types.errors import MeshError, size
+from mesh_llm.core.types.errors import UNREADABLE, MeshError, size
 from mesh_llm.engine.accelerators import selftest, toolbox
 from mesh_llm.engine.accelerators.build import Progress, Step
 from mesh_llm.engine.accelerators.cards import Card
@@ -218,7 +218,7 @@ def _tested(cache: Path, place: Path, wheel: Wheel, model: Path | None, say: Cal
     try:
         probe = msgspec.json.decode(done.stdout, type=EmbeddedProbe)
         version = Version(probe.version).public
-    except (msgspec.MsgspecError, InvalidVersion):
+    except (InvalidVersion, *UNREADABLE):
         raise wrong(wheel.filename, f"it does not start here: {done.last_lines() or 'no answer'}") from None
     if version != Version(VERSION).public:
         raise wrong(wheel.filename, f"it is {PACKAGE} {version}, and {VERSION} is needed")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.engine.accelerators.selftest_main import Operator, Text
 from mesh_llm.engine.process import Captured, python_module, run
 from mesh_llm.engine.sources.embedded.loading import LOAD
@@ -111,7 +111,7 @@ def _lines(done: Captured) -> list[Operator]:
     for line in done.stdout.splitlines():
         try:
             found.append(msgspec.json.decode(line, type=Operator))
-        except msgspec.MsgspecError:
+        except UNREADABLE:
             continue
     if done.code != 0:
         doing = f"at {found[-1].name} on {found[-1].device}" if found else "when it is loaded"
@@ -140,7 +140,7 @@ def _text(model: Path, library: Path | None) -> Text:
     done = asyncio.run(run(argv, env, TEXT_SECONDS))
     try:
         return msgspec.json.decode(done.stdout, type=Text)
-    except msgspec.MsgspecError as error:
+    except UNREADABLE as error:
         raise _failed(_end_of(done, "at a short text")) from error
 
 

@@ -85,7 +85,7 @@ class CachedRepository:
             return
         place = self.folder / "refs" / revision
         place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.exists() or place.read_text() != commit:
+        if not place.exists() or place.read_bytes() != commit.encode():
             place.write_text(commit)
 
     def remembered(self, revision: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.models.gguf.facts import split_part_name
 from mesh_llm.models.hub.cache import cached_source, hub_cache_directory
 from mesh_llm.runtime.home import expand, user_home
@@ -226,9 +227,10 @@ def lm_studio_directories() -> tuple[Path, ...]:
     """LM Studio's directories of models: the present and the former one."""
     home = user_home()
     try:
-        chosen = Path((home / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip())
+        named = (home / ".lmstudio-home-pointer").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
-        chosen = home / ".lmstudio"
+        named = ""
+    chosen = Path(named) if named and "\0" not in named else home / ".lmstudio"
     return chosen / "models", home / ".cache" / "lm-studio" / "models"
 
 
@@ -272,7 +274,7 @@ def _manifest(place: Path) -> _Manifest | None:
     try:
         with place.open("rb") as file:
             return msgspec.json.decode(file.read(_MANIFEST_BYTES), type=_Manifest)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNREADABLE):
         return None
 
 

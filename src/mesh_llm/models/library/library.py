@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelFacts, ModelKind
 from mesh_llm.models.gguf.facts import read_facts
@@ -183,7 +183,7 @@ class FactsCache:
     def _load(self, path: Path) -> None:
         try:
             stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *UNREADABLE):
             # The cache only saves time: start with an empty one.
             return
         if stored.version == _CACHE_VERSION:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.models.library.files import FileStamp
 from mesh_llm.runtime.home import write_atomic
 from mesh_llm.runtime.transfer.progress import FetchCancelledError
@@ -110,7 +111,7 @@ class ChunkDigestStore:
         stamp = FileStamp.of(path)
         try:
             stored = msgspec.msgpack.decode(self._place(path).read_bytes(), type=_Stored)
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (FileNotFoundError, *UNREADABLE):
             return None
         return stored.digests if stored.stamp == stamp and stored.digests.problem() is None else None
 

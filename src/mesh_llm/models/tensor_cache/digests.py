@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.models.gguf.header import GgufError, read_header
 from mesh_llm.models.library.files import FileStamp, siblings
 from mesh_llm.runtime.home import write_atomic
@@ -141,7 +142,7 @@ class DigestStore:
         """The digests of the model at `path`, if they are stored and its files are unchanged."""
         try:
             found = _decoder.decode(self._file(path).read_bytes())
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *UNREADABLE):
             return None
         return found if found.format == _FORMAT and found.is_current else None
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
+from mesh_llm.core.types.errors import UNREADABLE
 from mesh_llm.models.disk import Usage, allocated_bytes
 from mesh_llm.models.library.files import FileStamp
 from mesh_llm.models.tensor_cache.digests import DiskTensor
@@ -210,7 +211,7 @@ def read_index_header(index: Path) -> IndexHeader | None:
         line = file.readline(_LONGEST_LINE)
     try:
         return msgspec.json.decode(line, type=IndexHeader)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return None
 
 

@@ -1,6 +1,7 @@
 """Who this node is: its key, its certificate, and the files that keep what it knows of its mesh."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +10,7 @@ import iroh
 import msgspec
 import structlog
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.runtime.home import Home, write_atomic
 from mesh_llm.runtime.supervision import WriteHealth
@@ -138,6 +139,7 @@ PEERS_FILE = "peers.json"
 INVITES_FILE = "invites.json"
 """Invites that this node issued."""
 _CURRENT = "current"
+_MESH_ID = re.compile(rb"[0-9a-f]{64}")
 
 _log = structlog.get_logger(__name__)
 
@@ -215,10 +217,13 @@ class MeshStores:
         if self._root is None:
             return self._current
         try:
-            text = (self._root / _CURRENT).read_text(encoding="ascii").strip()
-        except (FileNotFoundError, UnicodeDecodeError):
+            text = (self._root / _CURRENT).read_bytes().strip()
+        except FileNotFoundError:
             return None
-        return MeshId(text) if len(text) == 64 else None
+        if _MESH_ID.fullmatch(text) is None:
+            _log.warning("the last mesh is forgotten: its record is damaged", file=str(self._root / _CURRENT))
+            return None
+        return MeshId(text.decode())
 
     def open(self, mesh: MeshId) -> MeshStore:
         """The store of this mesh."""
@@ -374,7 +379,7 @@ def has_other_members(stores: MeshStores) -> bool:
 def _invited_by_hand(store: MeshStore) -> bool:
     try:
         kept = msgspec.json.decode(store.read(INVITES_FILE) or b"[]", type=list[_InviteOrigin])
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         return True
     return any(not invite.standing for invite in kept)
 

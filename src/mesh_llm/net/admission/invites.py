@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import NodeId
 from mesh_llm.net.admission.credentials import INVITES_FILE, Credentials
 from mesh_llm.net.admission.records import InviteRecord
@@ -315,7 +315,7 @@ class InviteBook:
             return []
         try:
             return msgspec.json.decode(data, type=list[_StoredInvite])
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             _log.error("the list of invites is damaged; starting with an empty one", reason=str(error))
             return []
 

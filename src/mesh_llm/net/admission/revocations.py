@@ -8,7 +8,7 @@ from typing import TypeAlias
 import msgspec
 import structlog
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.gossip import MOST_REVOCATIONS
 from mesh_llm.core.types.ids import MeshId, NodeId
 from mesh_llm.net.admission.credentials import Credentials, MeshStore
@@ -242,7 +242,7 @@ class RevocationList:
             return []
         try:
             return msgspec.msgpack.decode(data, type=list[bytes])
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             _log.error("the list of revocations is damaged; starting with an empty one", reason=str(error))
             return []
 

@@ -12,7 +12,7 @@ import msgspec
 from mesh_llm.api.dialects.ollama.requests import CONTEXT_BYTES, Message, encode_context
 from mesh_llm.api.errors import upstream_error
 from mesh_llm.api.json_values import Json, count, items, mapping, text
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.wire.http.sse import SseEvent
 
 NDJSON = b"application/x-ndjson"
@@ -83,7 +83,7 @@ class AnswerTranslator:
             return self.end()
         try:
             data = msgspec.json.decode(event.data, type=dict[str, Any])
-        except (msgspec.MsgspecError, RecursionError):
+        except UNREADABLE:
             return []
         if data.get("error"):
             return self._failed(data)
@@ -265,7 +265,7 @@ def embeddings(body: bytes, dimensions: int) -> tuple[list[list[float]], int]:
     """
     try:
         answer = msgspec.json.decode(body, type=_Embeddings)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except UNREADABLE:
         raise MeshError("engine_error", "The engine's answer is not understood.") from None
     vectors = [one.embedding for one in sorted(answer.data, key=lambda one: one.index)]
     if dimensions > 0:
@@ -299,7 +299,7 @@ def _arguments(text: str) -> Json | None:
         return {}
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return None
 
 

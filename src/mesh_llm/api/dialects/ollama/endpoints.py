@@ -40,7 +40,7 @@ from mesh_llm.api.types import MIB
 from mesh_llm.core.routing.aliases import NO_ALIASES
 from mesh_llm.core.routing.model_names import resolve
 from mesh_llm.core.routing.ranking import ModelRoute
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.core.types.ids import ModelName
 from mesh_llm.core.types.model import ModelFacts, ModelStatus
 from mesh_llm.core.types.ports import Routes
@@ -376,7 +376,7 @@ class OllamaEndpoints:
             return None
         try:
             props = msgspec.json.decode(reply.body, type=Props)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except UNREADABLE:
             props = Props()
         if key is not None:
             while len(self._props) >= _MOST_PROPS:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from mesh_llm.api.json_values import Json
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.wire.http.json_shape import TooComplexError, check_shape
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
@@ -118,10 +118,10 @@ def decode(body: bytes, kind: type[_Body]) -> _Body:
         decoded = msgspec.json.decode(body, type=kind)
         # As of every request to an engine, and here before it is turned into one.
         check_shape(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise invalid(f"The request's body is not understood: {error}.") from None
     except RecursionError:
         raise invalid("The request's body is nested too deep.") from None
+    except UNREADABLE as error:
+        raise invalid(f"The request's body is not understood: {error}.") from None
     except TooComplexError as error:
         raise invalid(f"The request's body {error}.", "Send less at once.") from None
     return decoded
@@ -272,7 +272,7 @@ def _format(raw: msgspec.Raw) -> Json | str | None:
         return "json"
     try:
         schema = msgspec.json.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         schema = None
     if not isinstance(schema, dict):
         raise invalid('invalid format; expected "json" or a valid JSON Schema object', param="format")
@@ -503,5 +503,5 @@ def decode_context(numbers: Sequence[int]) -> list[Message]:
         if not unpacker.eof:
             raise problem
         return [Message(saved.role, saved.content) for saved in _saved.decode(text)]
-    except (zlib.error, msgspec.MsgspecError, UnicodeDecodeError):
+    except (zlib.error, *UNREADABLE):
         raise problem from None

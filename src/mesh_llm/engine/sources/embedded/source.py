@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from mesh_llm.core.types.errors import MeshError
+from mesh_llm.core.types.errors import UNREADABLE, MeshError
 from mesh_llm.engine.confinement.launcher import CPU, GPU, SOFTWARE
 from mesh_llm.engine.confinement.policy import RpcPolicy, client_environment
 from mesh_llm.engine.devices import with_threads
@@ -165,7 +165,7 @@ async def _probe(load: tuple[str, ...]) -> EmbeddedProbe | str:
     done = await run(argv, env, _PROBE_SECONDS)
     try:
         return msgspec.json.decode(done.stdout, type=EmbeddedProbe)
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         status = "" if done.code is None else f" (status {done.code})"
         return f"{status}: {done.last_lines() or 'it did not answer in time'}"
 
