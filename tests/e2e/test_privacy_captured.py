@@ -20,6 +20,8 @@ pytestmark = pytest.mark.timeout(400)
 
 SECRET, PUBLIC = "the vault opens with plum nine zero", "anybody may read this one"
 ALL_PROTOCOLS = 3
+ONE_TOKEN = 4 * 256
+"""Bytes of what one machine hands on to the next for one token of the model."""
 
 
 class Packets:
@@ -207,13 +209,16 @@ async def test_a_split_with_a_worker_outside_computes_no_private_prompt_and_its_
             return 200
         assert answer.json()["error"]["code"] == "outside_circle"
         assert other[:10] in answer.json()["error"]["message"]
-        assert len(wiretap.read(tap)) == before
+        heard = wiretap.read(tap)[before:]
+        assert not wiretap.streams(heard)
+        assert not wiretap.to_engines(heard)
+        assert wiretap.to_rpc_servers(heard) < ONE_TOKEN
         return answer.status
 
     assert await private() == 403
     before = len(wiretap.read(tap))
     answer = await ask(mine, "red", PUBLIC, **{"x-mesh-llm-privacy": "any", "x-mesh-llm-receipt": "on"})
-    assert any(one.kind == "rpc" for one in wiretap.read(tap)[before:])
+    assert wiretap.to_rpc_servers(wiretap.read(tap)[before:]) > ONE_TOKEN
     receipt = (await mine.api.get(f"/v1/receipts/{answer.expect().headers['x-mesh-llm-receipt-id']}")).expect().json()
     assert receipt["holds"]
     assert {one["node"] for one in receipt["seen"] if one["part"] == "worker"} == {own, other}

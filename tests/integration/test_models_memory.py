@@ -5,13 +5,12 @@ The models are headers with holes for weights: llama.cpp maps them, allocates it
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.support.engine_log import loading_log
 from tests.support.gguf_vocabulary import build_vocabulary
 from tests.support.gguf_writer import Tensor, Value, write
 
@@ -21,9 +20,9 @@ from mesh_llm.models.gguf.header import read_header
 
 MIB = 1 << 20
 
-# Loads a model as the engine does, and prints what llama.cpp logs. Waits for nothing, serves nobody.
+# Loads a model as the engine does, and serves nobody.
 LOADER = """
-import json, os, sys
+import json, sys
 import xllamacpp
 model, context, slots, cache = json.loads(sys.argv[1])
 params = xllamacpp.CommonParams()
@@ -34,8 +33,7 @@ params.embedding = True
 params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
 params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
 server = xllamacpp.Server(params)
-print(flush=True)
-os._exit(0)
+sys.stdin.read()
 """
 
 
@@ -46,12 +44,7 @@ class Allocated(NamedTuple):
 
 
 def load(path: Path, context: int, slots: int, cache: str) -> Allocated:
-    argument = json.dumps([str(path), context, slots, cache])
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, argument], capture_output=True, text=True, timeout=120, check=False
-    )
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-3000:]
+    log = loading_log(LOADER, [json.dumps([str(path), context, slots, cache])], 120)
 
     def sizes(what: str) -> float:
         return MIB * sum(float(size) for size in re.findall(rf"{what} buffer size = +([\d.]+) MiB", log))

@@ -5,8 +5,6 @@ headers with holes for weights, as in test_models_memory. Each is loaded by the 
 """
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +12,7 @@ from typing import NamedTuple
 import pytest
 from tests.integration.accelerator_fixtures import llvmpipe
 from tests.integration.test_models_memory import Shape, llama, mixture, windowed
+from tests.support.engine_log import loading_log
 
 from mesh_llm.core.placement.fit import PROCESS_BYTES
 from mesh_llm.core.placement.offload import Pools, offload_memory, plan_launch
@@ -26,9 +25,9 @@ __all__ = ["llvmpipe"]
 
 MIB = 1 << 20
 
-# Loads a model as the embedded server does, with what llama.cpp logs. Waits for nothing, serves nobody.
+# Loads a model as the embedded server does, and serves nobody.
 LOADER = """
-import os, sys
+import sys
 from pathlib import Path
 from mesh_llm.engine.sources.embedded.ggml import Ggml, wheel
 from mesh_llm.engine.sources.embedded.server_main import common_params
@@ -38,8 +37,7 @@ ggml.load_accelerators([Path(sys.argv[2])])
 params = common_params(EngineSpec.from_json(sys.argv[1]), ggml)
 params.verbosity, params.warmup = 4, False
 server = wheel().Server(params)
-print(flush=True)
-os._exit(0)
+sys.stdin.read()
 """
 
 
@@ -51,10 +49,7 @@ class Allocated(NamedTuple):
 
 
 def load(spec: EngineSpec, plugin: Path) -> Allocated:
-    command = [sys.executable, "-c", LOADER, spec.to_json(), str(plugin)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-3000:]
+    log = loading_log(LOADER, [spec.to_json(), str(plugin)], 300)
 
     def sizes(memory: str) -> tuple[float, float, float]:
         found = [

@@ -38,14 +38,19 @@ def shell(file: Path) -> str:
 
 
 def read(file: Path) -> list[Heard]:
-    """All that was heard so far, in order."""
-    return [Heard(*json.loads(line)) for line in file.read_text().splitlines()]
+    """All that was heard so far, in order. A line without its end is still being written."""
+    return [Heard(*json.loads(line)) for line in file.read_text().split("\n")[:-1]]
 
 
 def streams(heard: list[Heard]) -> set[tuple[str, str]]:
     """The types of streams that carry requests, answers, activations or caches, and who opened them."""
     carry = {"HTTP", "RPC", "PUSH", "PROMPT_CACHE"}
     return {(one.what, one.node) for one in heard if one.kind == "stream" and one.what in carry}
+
+
+def to_rpc_servers(heard: list[Heard]) -> int:
+    """How many bytes went to RPC servers. A node asks its own for its memory now and then: some ten bytes."""
+    return sum(int(one.what) for one in heard if one.kind == "rpc")
 
 
 def to_engines(heard: list[Heard]) -> str:
