@@ -38,7 +38,7 @@ def saved(node: NodeProcess) -> list[Path]:
 async def test_a_conversation_goes_on_after_a_restart_and_an_eviction(
     start_node: StartNode, random_model: RandomModel
 ) -> None:
-    node = await start_node("a", models=[random_model("small")])
+    node = await start_node("a", models=[random_model("small-slow")])
     messages, first = await next_turn(node)
     assert await node.stop() == 0
     files = saved(node)
@@ -53,18 +53,18 @@ async def test_a_conversation_goes_on_after_a_restart_and_an_eviction(
     assert (await node.status())["prompt_caches"]["count"] == 1
     assert "prompts  1 saved" in (await node.cli("status"))[1]
 
-    await node.cli("drop", "random-small")
-    await until(node, lambda status: state(status, "random-small") in {"", "cold"})
+    await node.cli("drop", "random-small-slow")
+    await until(node, lambda status: state(status, "random-small-slow") in {"", "cold"})
     # The second turn is in the place of the first.
     assert len(saved(node)) == 1
-    await node.cli("load", "random-small")
-    await until(node, lambda status: state(status, "random-small") == "warm")
+    await node.cli("load", "random-small-slow")
+    await until(node, lambda status: state(status, "random-small-slow") == "warm")
     again = await ask(node, TURN)
     assert again["timings"]["cache_n"] > 850
     assert again["choices"][0]["message"]["content"] == first
 
     for path in ("/slots/0?action=save", "/v1/slots/0?action=restore", "/slots/0", "/slots/../slots/0?action=erase"):
-        assert (await node.api.post(path, {"filename": "x", "model": "random-small"})).status == 404
+        assert (await node.api.post(path, {"filename": "x", "model": "random-small-slow"})).status == 404
     assert (await node.cli("cache", "show"))[1].startswith("Saved prompt caches: 1,")
     code, text = await node.cli("cache", "clear", "--json")
     assert (code, json.loads(text)["count"], saved(node)) == (0, 1, [])

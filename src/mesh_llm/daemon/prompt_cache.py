@@ -8,6 +8,7 @@ import asyncio
 import mmap
 import os
 import re
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,6 +21,7 @@ import structlog
 from mesh_llm.console.status import StatusPromptCaches
 from mesh_llm.core.performance.prompt_cache import (
     LEAST_TOKENS,
+    RESTORE_SPEED,
     SPLIT_RESTORE_SPEED,
     Mark,
     move_deadline,
@@ -66,6 +68,8 @@ _ANSWER_SECONDS = 2.0
 _END_SECONDS = 0.3
 """For the API to say that a prompt has ended of which the client has the whole answer."""
 _BRING_SECONDS = 30.0
+_SPEEDS = 3
+"""Restores that are remembered of this machine's own models, and of each split model."""
 _MEASURE_SHARE = 0.1
 """Of the time that reading takes: so long a link to another node may be measured first, where it is unknown."""
 _GIVE_SECONDS = 2.0
@@ -88,7 +92,7 @@ class SlotCaches:
         self._digests = digests
         self._clock = clock
         self._engines: dict[tuple[str, int, str], CachedEngine] = {}
-        self._restore_speeds: dict[str, float] = {}
+        self._restore_speeds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_SPEEDS))
         self._layouts: dict[bytes, StateLayout] = {}
         self._read_speeds: dict[bytes, float] = {}
         self._reading = asyncio.Lock()
@@ -264,13 +268,13 @@ class SlotCaches:
             # A split model's state is on several machines, from which it came now.
             move_speed = size / max(took, 0.001) if engine.split_name else 0.0
             if move_speed:
-                self._restore_speeds[engine.split_name] = move_speed
+                self._restore_speeds[engine.split_name].append(move_speed)
             header = Header(
                 identity=identity,
                 marks=tuple(prompt.marks),
                 tokens=moved.tokens,
                 size=os.fstat(state.fileno()).st_size,
-                read_speed=engine.read_speed,
+                read_speed=engine.read_speed or self._read_speeds.get(identity, 0.0),
                 move_speed=move_speed,
                 model=engine.name,
             )
@@ -311,7 +315,10 @@ class SlotCaches:
             entry, choice = found
             header = entry.header
             seconds = restore_seconds(header.size, self._restore_speed(engine, header))
-            if not worth(seconds, choice.tokens, engine.read_speed or header.read_speed):
+            # An engine that has read little since it began says nothing of its speed; it was known before.
+            if header.read_speed:
+                self._read_speeds.setdefault(identity, header.read_speed)
+            if not worth(seconds, choice.tokens, engine.read_speed or self._read_speeds.get(identity, 0.0)):
                 return
             slot = await self._free_slot(engine, into)
             if slot is None or not self._has_room(header.size):
@@ -328,15 +335,21 @@ class SlotCaches:
                     await asyncio.to_thread(self._store.delete, entry)
                     raise
             took = self._clock() - began
-            self._restore_speeds[engine.split_name] = header.size / max(took, 0.001)
+            self._restore_speeds[engine.split_name].append(header.size / max(took, 0.001))
             engine.put(slot, header.marks, moved.tokens)
             _log.info("prompt cache restored", model=engine.name, tokens=moved.tokens, seconds=round(took, 3))
 
     def _restore_speed(self, engine: CachedEngine, header: Header | None = None) -> float:
-        """Bytes a second into a slot, as far as it was measured; 0.0: unknown."""
-        known = self._restore_speeds.get(engine.split_name, 0.0)
-        if known or not engine.split_name:
-            return known
+        """Bytes a second into a slot, as far as it was measured; 0.0: unknown.
+
+        Of a whole model the best of the last times: the machine may have been busy, and what is taken for slow is not
+        tried again. Of a split model the last time: others wait while its state travels.
+        """
+        known = self._restore_speeds.get(engine.split_name)
+        if not engine.split_name:
+            return max(*known, RESTORE_SPEED if len(known) < _SPEEDS else 0.0) if known else 0.0
+        if known:
+            return known[-1]
         return (header.move_speed if header is not None else 0.0) or SPLIT_RESTORE_SPEED
 
     # Moving between nodes.

@@ -16,6 +16,7 @@ from tests.support.prompt_slots import AT, TOKENS, FakeSlots, Node, marks, node
 from mesh_llm.core.performance.prompt_cache import Mark, restore_seconds
 from mesh_llm.daemon import prompt_cache
 from mesh_llm.daemon.slot_prompts import identity_of
+from mesh_llm.engine.probe import HttpAnswer
 from mesh_llm.engine.prompt_cache.sealed import Header, read_header, root_key
 from mesh_llm.engine.prompt_cache.store import SUFFIX, PromptCacheStore
 from mesh_llm.engine.slots import Moved, Slot, SlotError, SlotRefusedError
@@ -56,6 +57,49 @@ async def test_the_next_engine_gets_back_what_the_last_one_had(node: Node) -> No
     # Once it is in a slot, it is not brought back again.
     (await node.caches.begin("m", 2, AT, marks("abX")))()
     assert node.restored() is None
+
+
+async def test_how_fast_prompts_are_read_is_known_in_later_lives(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that has brought back its prompts reads little itself."""
+    said = b"llamacpp:prompt_tokens_total 4000\nllamacpp:prompt_seconds_total 40\n"
+
+    async def metrics(*_: object, **__: object) -> HttpAnswer | None:
+        return HttpAnswer(status=200, body=said)
+
+    monkeypatch.setattr(prompt_cache, "get", metrics)
+    await node.turn("ab", 0, 1)
+    await restarted(node)
+    said = b"llamacpp:prompt_tokens_total 10\nllamacpp:prompt_seconds_total 0.1\n"
+    await node.turn("abc", 0, 2, term=2)
+    assert node.restored() == (0, "ab")
+    await node.caches.save("m", 2)
+    found = [path.open("rb") for path in (node.directory / "prompts").glob("*.cache")]
+    assert [read_header(file, root_key(b"s" * 32)).read_speed for file in found] == [100.0]
+    for file in found:
+        file.close()
+
+
+async def test_a_cache_that_came_slowly_once_comes_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine was busy, perhaps. What is always slow is read instead."""
+    now = [0.0]
+    monkeypatch.setattr(node.caches, "_clock", lambda: now[0])
+    restore = FakeSlots.restore
+
+    async def slow(self: FakeSlots, slot: int, file: int, seconds: float = 0.0) -> Moved:
+        now[0] += 1.5
+        return await restore(self, slot, file, seconds)
+
+    monkeypatch.setattr(FakeSlots, "restore", slow)
+    await node.turn("ab", 0, 1)
+    await node.caches.save("m", 1)
+    node.caches.closed("m", 1, AT)
+    came: list[bool] = []
+    for term in range(2, 7):
+        node.open(term)
+        (await node.caches.begin("m", term, AT, marks("abc")))()
+        came.append(node.restored() is not None)
+        node.caches.closed("m", term, AT)
+    assert came == [True, True, True, False, False]
 
 
 async def test_an_idle_engine_is_saved_by_itself(node: Node) -> None:
