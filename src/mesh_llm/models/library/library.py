@@ -319,7 +319,8 @@ class _Scan:
         for path in files.paths:
             if being_fetched(path):
                 return "it is still being fetched"
-            if not whole and 0 <= self._now - _modified(path) < self._quiet_seconds:
+            # A file that changes while this looks is newer than its beginning.
+            if not whole and abs(self._now - _modified(path)) < self._quiet_seconds:
                 return BEING_WRITTEN
         return ""
 

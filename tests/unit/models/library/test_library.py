@@ -1,5 +1,6 @@
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,12 @@ def test_files_changed_just_now_can_be_left_out(tmp_path: Path) -> None:
     library = scan([tmp_path], builtin=False, quiet_seconds=3600)
     assert not library.models
     assert library.unusable[0].reason == "it is still being written"
+    # It changes while the directory is looked through.
+    os.utime(tmp_path / "new.gguf", (time.time() + 60, time.time() + 60))
+    assert not scan([tmp_path], builtin=False, quiet_seconds=3600).models
+    # A clock that was wrong once: it is served all the same.
+    os.utime(tmp_path / "new.gguf", (time.time() + 7200, time.time() + 7200))
+    assert scan([tmp_path], builtin=False, quiet_seconds=3600).models
     os.utime(tmp_path / "new.gguf", (1, 1))
     assert scan([tmp_path], builtin=False, quiet_seconds=3600).models
 
