@@ -28,7 +28,7 @@ async def test_sigterm_ends_all_in_good_order(start_node: StartNode, random_mode
 
 
 async def test_sigterm_does_not_wait_for_an_endless_answer(start_node: StartNode, random_model: RandomModel) -> None:
-    node = await start_node("a", models=[random_model("small")], arguments=["--drain", "1"])
+    node = await start_node("a", models=[random_model("small-slow")], arguments=["--drain", "1"])
     body = chat(max_tokens=100_000, stream=True)
     async with node.api.stream("POST", "/v1/chat/completions", json=body) as answer:
         events = answer.events()
@@ -39,9 +39,9 @@ async def test_sigterm_does_not_wait_for_an_endless_answer(start_node: StartNode
 
 
 async def test_sigterm_lets_an_answer_end_and_ctrl_c_does_not(start_node: StartNode, random_model: RandomModel) -> None:
-    # Its text repeats itself, so guesses make it fast: an answer that is to be cut must be long.
+    # Its text repeats itself, so guesses make it fast: an answer that is to be cut must be long, and the model slow.
     for number, tokens in ((signal.SIGTERM, 300), (signal.SIGINT, 3500)):
-        node = await start_node("a", models=[random_model("small")])
+        node = await start_node("a", models=[random_model("small-slow")])
         body = chat(max_tokens=tokens, stream=True, ignore_eos=True)
         async with node.api.stream("POST", "/v1/chat/completions", json=body) as answer:
             events = answer.events()
@@ -92,11 +92,12 @@ async def test_the_second_ctrl_c_ends_it_at_once(start_node: StartNode, random_m
     body = chat(max_tokens=100_000, stream=True)
     async with node.api.stream("POST", "/v1/chat/completions", json=body) as answer:
         await anext(answer.events())
+        # The answer shall not end meanwhile.
+        for process in engines(node):
+            process.suspend()
         (await node.console.post("/api/stop", {"drain_seconds": 600})).expect(202)
         refused = (await node.api.post("/v1/chat/completions", chat())).expect(503)
         assert refused.json()["error"]["code"] == "node_stopping"
-        for process in engines(node):
-            process.suspend()
         # Two of the same that come together reach a process that has no core just now as one.
         node.process.signal(signal.SIGTERM)
         node.process.signal(signal.SIGINT)

@@ -84,7 +84,7 @@ async def test_killed_in_the_middle_it_goes_on_and_takes_little_twice(
             if blocks() >= 30:
                 break
     joiner.process.signal(signal.SIGKILL)
-    await joiner.process.ended(10.0)
+    await joiner.process.ended()
     kept = blocks()
     assert not (models / "mine.gguf").exists()
     assert kept < file.stat().st_size >> 20

@@ -215,9 +215,12 @@ async def test_what_the_hub_began_neighbours_end(start_node: StartNode, hub: Hub
     env = {"HF_ENDPOINT": hub.endpoint}
     host = await start_node("a", models=["tiny"], arguments=["--name", "desk"], env=env)
     node = await start_node("b", models=["tiny"], join=[await host.invite()], env=env)
-    hub.faults["/".join(QWEN)] = Fault(bytes_per_second=2_000_000)
+    slow = hub.faults["/".join(QWEN)] = Fault(bytes_per_second=2_000_000)
     async with await begin(node, "download", "qwen3-8b") as command:
         await command.line(r"^Fetching Qwen3-8B-Q4_K_M from the hub\.")
+        await blocks(tmp_path / "b", 30)
+        # What is left takes long enough to be interrupted.
+        slow.bytes_per_second = 200_000
         await blocks(tmp_path / "b", 36)
         command.signal(signal.SIGINT)
         assert await command.ended() == 130

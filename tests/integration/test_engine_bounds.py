@@ -202,9 +202,13 @@ async def test_an_engine_that_a_grammar_hangs_is_ended_as_a_crash_and_the_next_o
             ended = await engine.wait()
         assert ended.end is EngineEnd.CRASHED
         assert ended.reason.startswith("it was stuck: its task queue gave no answer for 2 s")
-        await _is_alive(await started(supervisor, embedded, small_spec(model("small")), "next"))
     finally:
         await supervisor.close()
+    patient = Supervisor(tmp_path)
+    try:
+        await _is_alive(await started(patient, embedded, small_spec(model("small")), "next"))
+    finally:
+        await patient.close()
 
 
 async def _is_alive(engine: RunningEngine) -> None:

@@ -130,7 +130,7 @@ async def busy_slots(client: HttpClient) -> int:
 async def test_a_client_that_leaves_frees_its_slot(
     supervisor: Supervisor, embedded: EmbeddedSource, model: Model
 ) -> None:
-    engine = await started(supervisor, embedded, small_spec(model("small"), context=4096, slots=1), "s")
+    engine = await started(supervisor, embedded, small_spec(model("small-slow"), context=4096, slots=1), "s")
     client = client_of(engine)
     body = CHAT | {"max_tokens": 4000, "stream": True, "ignore_eos": True}
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:

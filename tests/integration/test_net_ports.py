@@ -1,11 +1,13 @@
 """The UDP port outlives a restart, so that old invites go on working; a stale one is answered with what to do."""
 
+import asyncio
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.net_nodes import MeshNode, join, running
+from tests.integration.net_nodes import TIMEOUT, MeshNode, join, running
 
 from mesh_llm.core.types.errors import MeshError
 from mesh_llm.daemon.mesh import port_notices
@@ -15,6 +17,16 @@ SOON: dict[str, Any] = {"dial_timeout": 1.0}
 
 def port_of(node: MeshNode) -> int:
     return node.net.endpoint.ports[0]
+
+
+async def free(port: int) -> None:
+    """Wait until a closed endpoint has let go of its socket: that takes it a moment."""
+    async with asyncio.timeout(TIMEOUT):
+        while True:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return
+            await asyncio.sleep(0)
 
 
 async def refused(joiner: MeshNode) -> MeshError:
@@ -41,6 +53,7 @@ async def test_a_port_that_another_program_has_now_is_given_up(tmp_path: Path) -
     first = MeshNode(home=tmp_path / "a")
     async with running(first):
         port = port_of(first)
+    await free(port)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(("127.0.0.1", port))
         again = MeshNode(home=tmp_path / "a")
@@ -63,6 +76,7 @@ async def test_the_users_port_wins_and_is_kept(tmp_path: Path) -> None:
         wanted: int = probe.getsockname()[1]
     assert wanted != before
     for port in (wanted, 0):
+        await free(wanted)
         node = MeshNode(home=tmp_path / "a", port=port)
         async with running(node):
             assert (port_of(node), node.net.lost_port) == (wanted, 0)
@@ -77,6 +91,7 @@ async def test_a_chosen_port_whose_tcp_half_is_taken_is_said(tmp_path: Path) -> 
         async with running(chosen):
             (notice,) = port_notices(chosen.net)
             assert f"TCP port {port} of --quic-port" in notice.text
+    await free(port)
     again, unasked = MeshNode(port=port), MeshNode()
     async with running(again, unasked):
         assert [*port_notices(again.net), *port_notices(unasked.net)] == []
@@ -103,6 +118,7 @@ async def test_an_invite_whose_address_has_another_node_now() -> None:
     first = MeshNode()
     async with running(first):
         token, port = first.net.invite_book.token(), port_of(first)
+    await free(port)
     other = MeshNode(port=port)
     async with running(other):
         error = await refused(MeshNode(token))
@@ -114,6 +130,7 @@ async def test_an_invite_whose_mesh_is_gone() -> None:
     first = MeshNode()
     async with running(first):
         token, port = first.net.invite_book.token(), port_of(first)
+    await free(port)
     founded_again = MeshNode(key=first.key, port=port)
     async with running(founded_again):
         error = await refused(MeshNode(token))

@@ -14,6 +14,7 @@ from mesh_llm.core.types.ports import ByteStream, RequestStream, TransportSilent
 from mesh_llm.net.quic.connection import PeerConnection
 from mesh_llm.net.quic.streams import IrohStream
 from mesh_llm.net.tls import dialer, listener
+from mesh_llm.net.tls import streams as tls_streams
 from mesh_llm.net.tls.dialer import DIALS_AHEAD, MAX_CONNECTIONS_TO_PEER, MAX_DIALS_TO_PEER, TlsDialer, Transport
 from mesh_llm.net.tls.streams import TlsConnection, TlsStream
 from mesh_llm.wire.mesh.frames import StreamType
@@ -369,6 +370,8 @@ async def test_a_request_and_its_answer_are_one_write_on_each_side(monkeypatch: 
             stream.abort()
 
         await ask()
+        # However late the answer is: its acknowledgement waits for it.
+        monkeypatch.setattr(tls_streams, "_ACCEPT_SECONDS", TIMEOUT)
         monkeypatch.setattr(TlsConnection, "write", counted)
         for _ in range(3):
             await ask()

@@ -76,21 +76,28 @@ def closing_later() -> Iterator[ExitStack]:
         yield stack
 
 
+def quickest(pair: Pair, below: float) -> float:
+    """The quickest round trip, in milliseconds. On a busy machine it takes several until one is below a bound."""
+    deadline = time.monotonic() + 10
+    times = [pair.round_trip() for _ in range(5)]
+    while min(times) >= below and time.monotonic() < deadline:
+        times.append(pair.round_trip())
+    return min(times)
+
+
 @pytest.mark.parametrize("delay_ms", [0, 5, 20])
 def test_the_round_trip_is_twice_the_delay(netlab: NetLabFactory, delay_ms: float) -> None:
     with closing(Pair(netlab(2, delay_ms=delay_ms))) as pair:
-        times = [pair.round_trip() for _ in range(15)]
-    assert min(times) >= 2 * delay_ms
-    assert min(times) < 2 * delay_ms + 5
+        assert 2 * delay_ms <= quickest(pair, 2 * delay_ms + 5) < 2 * delay_ms + 5
 
 
 def test_each_direction_has_its_own_delay_and_it_can_change(netlab: NetLabFactory) -> None:
     lab = netlab(2)
     with closing(Pair(lab)) as pair:
         lab.one_way(0, 1).set(delay_ms=30)
-        assert 30 <= min(pair.round_trip() for _ in range(5)) < 36
+        assert 30 <= quickest(pair, 36) < 36
         lab.one_way(0, 1).set(delay_ms=0)
-        assert min(pair.round_trip() for _ in range(5)) < 5
+        assert quickest(pair, 5) < 5
 
 
 def test_loss_is_the_same_for_the_same_seed(netlab: NetLabFactory) -> None:

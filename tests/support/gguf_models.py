@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 from tests.support import gguf_vocabulary, gguf_weights
 from tests.support.gguf_vocabulary import (
     CHAT_TEMPLATE,
@@ -103,7 +104,10 @@ def cached_model(directory: Path, preset: str) -> Path:
     path = directory / digest.hexdigest()[:16] / f"{recipe.name}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_model(path, recipe)
+        # Made once: nodes that have opened it would say that their file has changed.
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                write_model(path, recipe)
     return path
 
 

@@ -77,9 +77,12 @@ class Repository:
         return hashlib.sha1(names.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
-    """One request, as the server saw it; `sent` bytes of content went out."""
+    """One request, as the server saw it; `sent` bytes of content went out, or are about to.
+
+    What a client has received is always counted: the client may be done before the server's thread goes on.
+    """
 
     method: str
     path: str
@@ -87,7 +90,7 @@ class Asked:
     range: str
     authorised: bool
     status: int
-    sent: int
+    sent: int = 0
 
 
 class HubServer:
@@ -123,6 +126,11 @@ class HubServer:
         """Write a request down."""
         with self._lock:
             self.asked.append(asked)
+
+    def sending(self, asked: Asked, count: int) -> None:
+        """Count bytes that are about to be sent."""
+        with self._lock:
+            asked.sent += count
 
     def fault(self, path: str) -> Fault:
         """The fault that spoils this answer; one that spoils nothing where there is none."""
@@ -175,8 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
         instead = self.server.hub.instead
         if instead is not None:
             kind = "application/json" if instead[:1] in {b"[", b"{"} else "text/html"
-            self._begin(200, len(instead), {"Content-Type": kind})
-            self._note(200, self._send(instead, Fault()))
+            asked = self._begin(200, len(instead), {"Content-Type": kind})
+            self._send(asked, instead, Fault())
         elif path == "/api/models":
             self._search(parse_qs(parts.query))
         elif path.startswith("/api/models/"):
@@ -247,10 +255,9 @@ class _Handler(BaseHTTPRequestHandler):
         if file.lfs:
             headers["Location"] = f"http://{hub.content_host}/content/{quote(name)}/{quote(path)}?signature=x"
             self._begin(302, 0, headers)
-            self._note(302, 0)
         else:
-            self._begin(200, len(file.data), headers)
-            self._note(200, self._send(file.data, Fault()))
+            asked = self._begin(200, len(file.data), headers)
+            self._send(asked, file.data, Fault())
 
     def _content(self, path: str) -> None:
         hub = self.server.hub
@@ -271,8 +278,8 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(asked[2]) + 1 if asked[2] else len(data), len(data))
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
             status, data = 206, data[begin:end]
-        self._begin(status, len(data), headers)
-        self._note(status, self._send(data, fault))
+        asked = self._begin(status, len(data), headers)
+        self._send(asked, data, fault)
 
     def _repository(self, name: str, revision: str) -> Repository | None:
         repository = self.server.hub.repositories.get(name)
@@ -286,30 +293,32 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _json(self, value: object) -> None:
         data = json.dumps(value).encode()
-        self._begin(200, len(data), {"Content-Type": "application/json"})
-        self._note(200, self._send(data, Fault()))
+        asked = self._begin(200, len(data), {"Content-Type": "application/json"})
+        self._send(asked, data, Fault())
 
     def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         extra = {"X-Error-Code": code, "X-Error-Message": f"{code or status}"} if code else {}
         self._begin(status, 0, {**extra, **(headers or {})})
-        self._note(status, 0)
 
-    def _begin(self, status: int, length: int, headers: dict[str, str]) -> None:
+    def _begin(self, status: int, length: int, headers: dict[str, str]) -> Asked:
+        asked = self._note(status)
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(length))
         self.end_headers()
+        return asked
 
-    def _send(self, data: bytes, fault: Fault) -> int:
+    def _send(self, asked: Asked, data: bytes, fault: Fault) -> None:
         if self.command == "HEAD":
-            return 0
+            return
         stop = len(data) if fault.cut_after is None else min(len(data), fault.cut_after)
         sent = 0
         while sent < stop and not self.server.hub.closing.is_set():
             piece = data[sent : min(stop, sent + _PIECE)]
             if fault.bytes_per_second:
                 self.server.hub.closing.wait(len(piece) / fault.bytes_per_second)
+            self.server.hub.sending(asked, len(piece))
             try:
                 self.wfile.write(piece)
             except OSError:
@@ -318,17 +327,15 @@ class _Handler(BaseHTTPRequestHandler):
             sent += len(piece)
         if sent < len(data):
             self.close_connection = True
-        return sent
 
-    def _note(self, status: int, sent: int) -> None:
-        self.server.hub.note(
-            Asked(
-                method=self.command,
-                path=unquote(urlsplit(self.path).path),
-                host=self.headers.get("Host", ""),
-                range=self.headers.get("Range", ""),
-                authorised=self.headers.get("Authorization") is not None,
-                status=status,
-                sent=sent,
-            )
+    def _note(self, status: int) -> Asked:
+        asked = Asked(
+            method=self.command,
+            path=unquote(urlsplit(self.path).path),
+            host=self.headers.get("Host", ""),
+            range=self.headers.get("Range", ""),
+            authorised=self.headers.get("Authorization") is not None,
+            status=status,
         )
+        self.server.hub.note(asked)
+        return asked

@@ -174,7 +174,7 @@ class NodeProcess:
             status = await command.ended(timeout)
             return status, command.text
 
-    async def stop(self, timeout: float = 10.0) -> int:
+    async def stop(self, timeout: float = 30.0) -> int:
         """SIGTERM, as a service manager sends it; asserts that nothing is left, and gives the exit status."""
         self.process.signal(signal.SIGTERM)
         status = await self.process.ended(timeout)

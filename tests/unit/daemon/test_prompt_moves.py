@@ -304,11 +304,12 @@ async def test_a_slow_asker_keeps_nobody_else_waiting(pair: Pair, slow: Slow) ->
 async def test_an_asker_that_takes_nothing_is_left_soon(
     pair: Pair, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt_moves, "_QUESTION_SECONDS", 0.05)
+    monkeypatch.setattr(prompt_moves, "_QUESTION_SECONDS", 0.5)
     # At this rate the whole cache may take hours.
     monkeypatch.setattr(prompt_moves, "_LEAST_RATE", 1.0)
     assert (await pair.fetch())[0] == 0
     assert slow.stuck.is_set()
+    monkeypatch.setattr(prompt_moves, "_QUESTION_SECONDS", 30.0)
     assert (await pair.fetch())[0] == ALL
 
 
@@ -407,6 +408,7 @@ async def test_a_holder_that_waits_for_an_answer_gives_up(pair: Pair, monkeypatc
     assert isinstance(decode_cache_answer(await silent.read_frame(2048) or b""), CacheOffer)
     with pytest.raises(ConnectionError):
         await silent.read(1)
+    monkeypatch.setattr(prompt_moves, "_QUESTION_SECONDS", 30.0)
     assert (await pair.fetch())[0] == ALL
 
 

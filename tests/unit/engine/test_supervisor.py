@@ -134,7 +134,7 @@ async def test_one_that_answers_is_asked_on_and_on_and_stops_as_ever(tmp_path: P
         ended = await engine.stop()
         assert (ended.stuck, ended.asked, ended.reason) == (False, True, "stopped")
 
-    await with_stand_in(tmp_path, 0.5, check)
+    await with_stand_in(tmp_path, 5.0, check)
 
 
 @pytest.mark.parametrize(("asked", "never_ready"), [(True, False), (False, True)])
@@ -207,7 +207,7 @@ async def test_a_watchdog_that_fails_is_restarted_and_the_engine_goes_on(
 
     use_supervision(Supervision(on_problem))
     try:
-        await with_stand_in(tmp_path, 0.5, check)
+        await with_stand_in(tmp_path, 2.0, check)
     finally:
         use_supervision(None)
 
