@@ -140,7 +140,7 @@ async def test_a_gpu_that_is_lost_is_replaced_by_the_processor_until_it_is_back_
         _, text = await node.cli(verb)
         assert f"{CARD} is not there any more" in text
     before = _engines(node.process.pid)
-    async with streaming(node, "red", tokens=250) as events:
+    async with streaming(node, "red", tokens=400) as events:
         installed(cache, stand_in(NO_FAULT))
         await node.process.line(f"gpu: Models compute on {CARD} from now on", 60.0)
         # The answer goes on to its end on the processor, and the engine starts again after that.

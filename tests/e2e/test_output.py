@@ -101,6 +101,7 @@ async def test_a_node_does_not_wait_for_a_reader_that_stands_still(
     os.close(reader)
 
 
+@pytest.mark.timeout(600)
 async def test_every_verb_ends_with_a_status_where_its_output_cannot_be_written(start_node: StartNode) -> None:
     node = await start_node("a", models=["tiny"])
     env = {**node.options.environment(), "PYTHONUNBUFFERED": ""}

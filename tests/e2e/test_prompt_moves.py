@@ -67,6 +67,8 @@ async def test_a_conversation_goes_on_at_another_host_with_its_cache(
     assert there == (await second.status())["node_id"]
     assert timings["cache_n"] < 20
     await until_logged(second, "link measured for prompt caches")
+    # How fast it reads is known some time after its first answer.
+    await ask(first, [{"role": "user", "content": text(300, "more")}])
 
     moved, timings, there = await ask(first, turn)
     assert there == (await second.status())["node_id"]

@@ -29,7 +29,7 @@ async def test_a_receipt_names_who_saw_the_prompt_and_no_other_fits(
     netlab: NetLabFactory, start_node: StartNode, random_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     lab = netlab(3, delay_ms=1)
-    model = named(random_model("small"), MODEL, tmp_path / "m")
+    model = named(random_model("small-slow"), MODEL, tmp_path / "m")
     first = await start_node("a", models=[model], lab=lab, host=0, arguments=SIZE)
     token = await first.invite()
     second, asked = await asyncio.gather(

@@ -283,7 +283,8 @@ async def test_several_engines_over_one_split_model(
     await see_all_slots(host, 4)
     # One ends within its answers: those come from the other, which has the weights all the same.
     asking = asyncio.gather(*(chat(host, "red", tokens=200, text=one) for one in texts))
-    await asyncio.to_thread(wait_for_work, pair[0])
+    await asyncio.to_thread(wait_for_work, pair[0], asking)
+    assert not asking.done()
     pair[0].kill()
     assert [content(answer)[: len(said)] for answer, said in zip(await asking, solo, strict=True)] == solo
     assert pair[1].is_running()
@@ -314,8 +315,8 @@ async def see_all_slots(host: NodeProcess, count: int) -> None:
     assert other["id_slot"] in range(count)
 
 
-def wait_for_work(engine: psutil.Process) -> None:
-    """Wait until an engine computes."""
+def wait_for_work(engine: psutil.Process, asking: asyncio.Future[Any]) -> None:
+    """Wait until an engine computes, or all is answered."""
     before = sum(engine.cpu_times()[:2])
-    while sum(engine.cpu_times()[:2]) < before + 0.1:
+    while sum(engine.cpu_times()[:2]) < before + 0.1 and not asking.done():
         engine.cpu_percent(0.02)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.e2e.test_split import answers, split_invite, split_over
+from tests.e2e.test_split import answers, split_invite, split_over, warm_here
 from tests.netlab.fixtures import NetLabFactory
 from tests.support.fixtures import StartNode
 from tests.support.node import NodeProcess
@@ -47,7 +47,7 @@ async def test_a_worker_needs_neither_option(
     # The host goes. Who has the file goes on alone.
     if "file" in has or "same" in has:
         await host.crash()
-        await until(worker, warm("red"), "serving alone", 60.0)
+        await until(worker, warm_here, "serving alone", 60.0)
         assert await answers(worker) == solo
 
 

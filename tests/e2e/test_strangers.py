@@ -54,7 +54,8 @@ async def test_a_stranger_waits_behind_the_owner_and_is_cut_at_its_quota(
             working = engines(host)
             for engine in working:
                 engine.suspend()
-            group.create_task(ask("stranger", 4))
+            # Long enough that it cannot overtake, on its way to its client, an answer that was computed before it.
+            group.create_task(ask("stranger", 60))
             await until(host, lambda status: status["requests"]["strangers"]["running"] == 2, "two of the stranger")
             too_many = await chat(stranger, MODEL)
             assert (too_many.status, too_many.json()["error"]["code"]) == (429, "stranger_concurrent")

@@ -65,7 +65,9 @@ async def mesh(
 ) -> list[NodeProcess]:
     """A node with a model of its own, whose clients ask for the story that two others can tell."""
     lab = netlab(3, delay_ms=1)
-    own, story = (named(random_model("small"), name, tmp_path / "m") for name in ("own", MODEL))
+    own = named(random_model("small"), "own", tmp_path / "m")
+    # What disturbs an answer takes a moment, in which it must not end.
+    story = named(random_model("small-slow"), MODEL, tmp_path / "m")
     asked = await start_node("asked", models=[own], lab=lab, host=0)
     token = await asked.invite()
     size = ["--ctx-size", "4096", "--parallel", "2"]

@@ -343,13 +343,13 @@ class SlotCaches:
         """Bytes a second into a slot, as far as it was measured; 0.0: unknown.
 
         Of a whole model the best of the last times: the machine may have been busy, and what is taken for slow is not
-        tried again. Of a split model the last time: others wait while its state travels.
+        tried again. Of a split model too, to bring one back (`header`), but the last time for a save: others wait then.
         """
         known = self._restore_speeds.get(engine.split_name)
         if not engine.split_name:
             return max(*known, RESTORE_SPEED if len(known) < _SPEEDS else 0.0) if known else 0.0
         if known:
-            return known[-1]
+            return known[-1] if header is None else max(known)
         return (header.move_speed if header is not None else 0.0) or SPLIT_RESTORE_SPEED
 
     # Moving between nodes.
